@@ -1,0 +1,56 @@
+"""What the training scripts share: time-based schedules, averaged weights, and checkpoints to resume from."""
+
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+class Clock:
+    """Training time spent, over all sittings of one run, as a share of the time it is given."""
+
+    def __init__(self, minutes: float, spent: float = 0.0) -> None:
+        self.total, self.spent, self.last = 60.0 * minutes, spent, time.monotonic()
+
+    def tick(self) -> float:
+        """Add the time since the last call; returns the share spent, in 0..1."""
+        now = time.monotonic()
+        self.spent, self.last = self.spent + now - self.last, now
+        return min(1.0, self.spent / self.total)
+
+
+def learning_rate(share: float, warmup: float = 0.01, floor: float = 0.01) -> float:
+    """Factor on the peak learning rate at a share of the run: linear warm-up, then half a cosine down to `floor`."""
+    if share < warmup:
+        return max(share / warmup, 0.01)
+    return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * (share - warmup) / (1.0 - warmup)))
+
+
+class Average:
+    """Exponential moving average of a module's parameters (Polyak), with a horizon that grows with the run."""
+
+    def __init__(self, module: nn.Module, horizon: int) -> None:
+        self.module, self.horizon, self.steps = module, horizon, 0
+        self.values = {name: p.detach().clone() for name, p in module.named_parameters()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.steps += 1
+        weight = 1.0 / min(self.horizon, 1 + self.steps / 10)
+        names, parameters = zip(*self.module.named_parameters())
+        torch._foreach_lerp_([self.values[name] for name in names], list(parameters), weight)
+
+    def state(self) -> dict[str, Tensor]:
+        """Averaged parameters with the module's buffers: a whole state dict."""
+        return {**self.module.state_dict(), **self.values}
+
+
+def save(path: Path, state: dict) -> None:
+    """Write a checkpoint, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    os.replace(partial, path)

@@ -1,0 +1,119 @@
+"""Train the demo model's autoencoder on emoji scenes: `python -m benchmarks.emoji.train_vae --minutes 30`.
+
+L1 and squared error with a slight pull of the latents towards a unit Gaussian. Resumes from its checkpoint. With
+`--decoder-only` the encoder, and so the latents that the transformer learns, stay as they are.
+"""
+
+import argparse
+import math
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.emoji.groupnorm import speed_up
+from benchmarks.emoji.run_state import Average, Clock, learning_rate, save
+from benchmarks.emoji.scenes import random_scene, render
+from vae.autoencoder import Autoencoder, VAEConfig
+
+# Scale and shift are measured after training and written into the exported config; until then latents are raw.
+CONFIG = VAEConfig(
+    block_out_channels=(16, 48, 96, 160),
+    layers_per_block=1,
+    norm_num_groups=8,
+    scaling_factor=1.0,
+    shift_factor=0.0,
+)
+KL_WEIGHT = 1e-4
+
+
+def batch(rng: Random, count: int, size: int) -> Tensor:
+    """Random training scenes, float `(B, 3, S, S)` in [-1, 1]."""
+    pixels = np.stack([render(random_scene(rng), size) for _ in range(count)])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+
+
+def loss_of(model: Autoencoder, image: Tensor, decoder_only: bool) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.set_grad_enabled(not decoder_only):
+            mean, std = (t.float() for t in model.encode(image))
+        decoded = model.decode(mean + std * torch.randn_like(mean)).float()
+    kl = 0.5 * (mean.square() + std.square() - 1.0 - 2.0 * std.log()).mean()
+    return F.l1_loss(decoded, image) + 2.0 * F.mse_loss(decoded, image) + KL_WEIGHT * kl
+
+
+@torch.no_grad()
+def reconstruction_db(model: Autoencoder, image: Tensor) -> float:
+    """Mean peak signal-to-noise ratio over the pictures, after rounding to 8 bits as a saved picture is."""
+    decoded = torch.cat([model.decode(model.encode(part)[0]) for part in image.split(32)])
+    levels = ((decoded.clamp(-1, 1) + 1) * 127.5).round()
+    error = (levels - (image + 1) * 127.5).square().mean(dim=(1, 2, 3)).clamp(min=1e-3)
+    return float((10 * torch.log10(255.0**2 / error)).mean())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path("out/emoji"), help="folder of checkpoints")
+    parser.add_argument("--minutes", type=float, default=30, help="training time over all sittings")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels")
+    parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument(
+        "--decoder-only", action="store_true", help="refine the decoder of a trained autoencoder"
+    )
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+
+    torch.manual_seed(args.seed)
+    model = speed_up(Autoencoder(CONFIG).to(memory_format=torch.channels_last))
+    path = args.work / ("decoder.pt" if args.decoder_only else "vae.pt")
+    if args.decoder_only:
+        model.load_state_dict(torch.load(args.work / "vae.pt", weights_only=True)["average"])
+        model.encoder.requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.rate, betas=(0.9, 0.98), weight_decay=1e-3)
+    average, clock, step = Average(model, horizon=500), Clock(args.minutes), 0
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        average.values, average.steps, step = state["average"], state["step"], state["step"]
+        clock = Clock(args.minutes, state["spent"])
+    rng = Random(args.seed * 1_000_003 + step)
+    held_back = batch(Random(10**9), 128, args.size)
+
+    def checkpoint() -> None:
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average.state()}
+        save(path, {**state, "step": step, "spent": clock.spent})
+
+    running = 0.0
+    while (share := clock.tick()) < 1.0:
+        for group in optimizer.param_groups:
+            group["lr"] = args.rate * learning_rate(share)
+        image = batch(rng, args.batch, args.size).contiguous(memory_format=torch.channels_last)
+        loss = loss_of(model, image, args.decoder_only)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update()
+        step += 1
+        running = loss.item() if math.isnan(running) or not running else 0.98 * running + 0.02 * loss.item()
+        if step % 200 == 0:
+            checkpoint()
+            averaged = Autoencoder(CONFIG)
+            averaged.load_state_dict(average.state())
+            quality = reconstruction_db(averaged, held_back)
+            pace = step * args.batch / clock.spent
+            print(
+                f"{clock.spent / 60:6.1f} min  step {step}  loss {running:.4f}  {quality:.2f} dB  {pace:.0f}/s",
+                flush=True,
+            )
+    checkpoint()
+
+
+if __name__ == "__main__":
+    main()

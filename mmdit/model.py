@@ -1,0 +1,266 @@
+"""MMDiT-X, the transformer of Stable Diffusion 3.5 Medium: the algorithm and nothing else.
+
+References: Esser et al. 2024, "Scaling Rectified Flow Transformers" (arXiv 2403.03206, section 4 and figure 2);
+Peebles & Xie 2023 for adaLN and the sinusoidal timestep (arXiv 2212.09748); Stability AI, sd3.5, mmditx.py, for the
+names of the parameters, which are those of the published checkpoint: a key in a file is found here by searching it.
+
+- Two streams of tokens, image (`x`) and text (`context`), have weights of their own and meet in one attention.
+- Every block modulates its streams by shifts, scales and gates computed from timestep and pooled text (adaLN-Zero).
+- The first blocks of SD3.5-Medium have a second attention among the image tokens alone (the X of MMDiT-X).
+- The last block reads the text once more but writes none: its `context_block` ends at the projection to q, k, v.
+
+Memory plans, compilation, adapters and quantisation are functions applied to a built model, in files of their own.
+
+Shapes: B batch, C latent channels, h w rows and columns of the latent, N image tokens (h / patch * w / patch),
+M context tokens, D hidden size, H heads.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from mmdit.attention import attention
+from mmdit.config import MMDiTConfig
+
+
+class MMDiT(nn.Module):
+    """Predicts the velocity of the flow, d latent / d sigma, from a noisy latent and its text."""
+
+    def __init__(self, config: MMDiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.hidden_size
+        self.x_embedder = PatchEmbed(config)
+        self.register_buffer("pos_embed", torch.zeros(1, config.pos_embed_max_size**2, width))
+        self.t_embedder = TimestepEmbedder(width)
+        self.y_embedder = Embedder(config.pooled_size, width)
+        self.context_embedder = nn.Linear(config.context_size, width)
+        self.joint_blocks = nn.ModuleList(
+            JointBlock(
+                x_block=(DualBlock if i in config.dual_attention_blocks else Block)(config),
+                context_block=(LastContextBlock if i == config.depth - 1 else Block)(config),
+            )
+            for i in range(config.depth)
+        )
+        self.final_layer = FinalLayer(config)
+
+    def forward(self, latent: Tensor, sigma: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
+        """One evaluation of the velocity.
+
+        latent: `(B, C, h, w)`, h and w multiples of the patch size and within the position table.
+        sigma: `(B,)`, the share of noise, 1 to 0. context: `(B, M, context_size)`. pooled: `(B, pooled_size)`.
+        Returns `(B, C, h, w)`.
+        """
+        patch = self.config.patch_size
+        rows, columns = latent.shape[2] // patch, latent.shape[3] // patch
+
+        # What every block is told: when (the timestep) and, in a word, what (the pooled text).
+        c = self.t_embedder(1000.0 * sigma.float()) + self.y_embedder(pooled)                  # (B, D)
+
+        # What the blocks work on: image tokens, each knowing its place, and context tokens.
+        x = self.x_embedder(latent)                                                            # (B, N, D)
+        x = x + crop_positions(self.pos_embed, rows, columns).to(x.dtype)
+        context = self.context_embedder(context)                                               # (B, M, D)
+
+        for block in self.joint_blocks:
+            x, context = block(x, context, c)
+
+        x = self.final_layer(x, c)                                                             # (B, N, patch² C)
+        return rearrange(
+            x, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, w=columns, p=patch, q=patch
+        )
+
+
+class JointBlock(nn.Module):
+    """One block of both streams; each stream is a block of its own, they meet in the attention."""
+
+    def __init__(self, x_block: "Block", context_block: "Block | LastContextBlock") -> None:
+        super().__init__()
+        self.x_block = x_block
+        self.context_block = context_block
+
+    def forward(self, x: Tensor, context: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        x_modulation = self.x_block.modulation(c)
+        context_modulation = self.context_block.modulation(c)
+        x_qkv = self.x_block.to_qkv(x, x_modulation)                                           # 3 x (B, N, H, D / H)
+        context_qkv = self.context_block.to_qkv(context, context_modulation)                   # 3 x (B, M, H, D / H)
+
+        q, k, v = (torch.cat(pair, dim=1) for pair in zip(context_qkv, x_qkv))
+        attended = attention(q, k, v)                                                          # (B, M + N, D)
+        context_attended, x_attended = attended.split([context.shape[1], x.shape[1]], dim=1)
+
+        context = self.context_block.finish(context, context_attended, context_modulation)
+        x = self.x_block.finish(x, x_attended, x_modulation)
+        return x, context
+
+
+class Block(nn.Module):
+    """One stream's half of a joint block: before the attention `to_qkv`, after it `finish`."""
+
+    chunks = 6  # shift, scale and gate for the attention, the same for the MLP
+
+    def __init__(self, config: MMDiTConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.norm1 = LayerNorm(width)
+        self.attn = SelfAttention(config)
+        self.norm2 = LayerNorm(width)
+        self.mlp = MLP(width)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, self.chunks * width))
+
+    def modulation(self, c: Tensor) -> tuple[Tensor, ...]:
+        """Shifts, scales and gates, each `(B, 1, D)`."""
+        return self.adaLN_modulation(c)[:, None].chunk(self.chunks, dim=-1)
+
+    def to_qkv(self, x: Tensor, modulation: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        shift, scale, *_ = modulation
+        return self.attn.to_qkv(modulate(self.norm1(x), shift, scale))
+
+    def finish(self, x: Tensor, attended: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
+        _, _, gate, shift_mlp, scale_mlp, gate_mlp = modulation
+        x = x + gate * self.attn.proj(attended)
+        return x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+
+
+class DualBlock(Block):
+    """The image stream's half with a second attention among the image tokens alone."""
+
+    chunks = 9  # those of Block, then shift, scale and gate for the second attention
+
+    def __init__(self, config: MMDiTConfig) -> None:
+        super().__init__(config)
+        self.attn2 = SelfAttention(config)
+
+    def finish(self, x: Tensor, attended: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
+        _, _, gate, shift_mlp, scale_mlp, gate_mlp, shift2, scale2, gate2 = modulation
+        attended2 = attention(*self.attn2.to_qkv(modulate(self.norm1(x), shift2, scale2)))
+        x = x + gate * self.attn.proj(attended) + gate2 * self.attn2.proj(attended2)
+        return x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+
+
+class LastContextBlock(nn.Module):
+    """The text stream's half of the last block: it is read and ends there."""
+
+    def __init__(self, config: MMDiTConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.norm1 = LayerNorm(width)
+        self.attn = SelfAttention(config, output=False)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def modulation(self, c: Tensor) -> tuple[Tensor, ...]:
+        """Shift and scale, each `(B, 1, D)`."""
+        return self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
+
+    def to_qkv(self, x: Tensor, modulation: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        shift, scale = modulation
+        return self.attn.to_qkv(modulate(self.norm1(x), shift, scale))
+
+    def finish(self, x: Tensor, attended: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:  # noqa: ARG002
+        return x
+
+
+class SelfAttention(nn.Module):
+    """Projections into and out of the attention; the attention itself is `mmdit.attention`."""
+
+    def __init__(self, config: MMDiTConfig, output: bool = True) -> None:
+        super().__init__()
+        width, head = config.hidden_size, config.head_size
+        self.head_size = head
+        self.qkv = nn.Linear(width, 3 * width)
+        self.ln_q = nn.RMSNorm(head, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.ln_k = nn.RMSNorm(head, eps=1e-6) if config.qk_norm else nn.Identity()
+        if output:
+            self.proj = nn.Linear(width, width)
+
+    def to_qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x `(B, N, D)` to queries, keys and values, each `(B, N, H, D / H)`."""
+        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b n h d", three=3, d=self.head_size)
+        return self.ln_q(q), self.ln_k(k), v
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class FinalLayer(nn.Module):
+    """Image tokens back to patches of the latent."""
+
+    def __init__(self, config: MMDiTConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.norm_final = LayerNorm(width)
+        self.linear = nn.Linear(width, config.patch_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)                      # (B, 1, D) each
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class PatchEmbed(nn.Module):
+    """Squares of latent cells to image tokens, row by row."""
+
+    def __init__(self, config: MMDiTConfig) -> None:
+        super().__init__()
+        patch = config.patch_size
+        self.proj = nn.Conv2d(config.in_channels, config.hidden_size, patch, stride=patch)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        return rearrange(self.proj(latent), "b d h w -> b (h w) d")
+
+
+class Embedder(nn.Module):
+    """A vector into the transformer's width."""
+
+    def __init__(self, size: int, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(size, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x)
+
+
+class TimestepEmbedder(Embedder):
+    """A timestep, 0 to 1000, by 256 sines and cosines into the transformer's width."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(256, width)
+
+    def forward(self, timestep: Tensor) -> Tensor:
+        # In float32: bfloat16 would round timestep 987.38 to 988.
+        frequencies = torch.exp(
+            -math.log(10000.0) * torch.arange(128, dtype=torch.float32, device=timestep.device) / 128
+        )
+        angles = timestep.float()[:, None] * frequencies                                       # (B, 128)
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)                                # (B, 256)
+        return self.mlp(waves.to(self.mlp[0].weight.dtype))
+
+
+class LayerNorm(nn.LayerNorm):
+    """Without weights of its own; scale and shift come from the modulation."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, eps=1e-6, elementwise_affine=False)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale) + shift
+
+
+def crop_positions(table: Tensor, rows: int, columns: int) -> Tensor:
+    """The middle `rows` by `columns` of a square table of positions `(1, side², D)`; returns `(1, N, D)`."""
+    side = math.isqrt(table.shape[1])
+    assert rows <= side and columns <= side, f"{rows}x{columns} tokens are more than the table's {side}x{side}"
+    top, left = (side - rows) // 2, (side - columns) // 2
+    square = rearrange(table, "b (h w) d -> b h w d", h=side)
+    return rearrange(square[:, top : top + rows, left : left + columns], "b h w d -> b (h w) d")

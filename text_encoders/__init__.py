@@ -1,0 +1,23 @@
+"""Text encoders of Stable Diffusion 3: two CLIPs and a T5, their tokenizers, and how their outputs join."""
+
+from text_encoders.clip import CLIP_G, CLIP_L, CLIPConfig, CLIPTextEncoder
+from text_encoders.conditioning import Conditioning, TextEncoder, join
+from text_encoders.t5 import T5_XXL, T5Config, T5Encoder
+from text_encoders.tokenizers import CLIPTokenizer, T5Tokenizer, TokenizerError, Tokens
+
+__all__ = [
+    "CLIP_G",
+    "CLIP_L",
+    "T5_XXL",
+    "CLIPConfig",
+    "CLIPTextEncoder",
+    "CLIPTokenizer",
+    "Conditioning",
+    "T5Config",
+    "T5Encoder",
+    "T5Tokenizer",
+    "TextEncoder",
+    "TokenizerError",
+    "Tokens",
+    "join",
+]

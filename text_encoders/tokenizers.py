@@ -1,0 +1,293 @@
+"""Prompts to token ids, for CLIP (byte-pair encoding) and T5 (SentencePiece's unigram model).
+
+The rules are those of the tokenizers that SD3 was published with, as `transformers` runs them:
+lower-casing, special tokens that are also found inside a prompt (CLIP-G's padding token is "!", so
+every exclamation mark of a prompt gets the padding's id), and T5's normalisation table.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import sentencepiece
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
+from torch import Tensor
+
+HINT = "--tokenizers FOLDER names a folder with tokenizer/, tokenizer_2/ and tokenizer_3/"
+
+# CLIP's words: contractions, runs of letters, single digits, runs of anything else but spaces.
+CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+T5_SENTINELS = [f"<extra_id_{i}>" for i in reversed(range(100))]  # in id order, after the pieces
+
+
+class TokenizerError(ValueError):
+    """A tokenizer's files are absent or malformed, or a prompt is no text; the message is one line."""
+
+
+@dataclass
+class Tokens:
+    """A batch of tokenized prompts."""
+
+    ids: Tensor  # (B, n) int64, start and end tokens included, padded to n
+    lost: list[str]  # for every prompt, the end that did not fit, as it stands in the prompt; "" for none
+
+
+@dataclass
+class PromptTokenizer:
+    """What CLIP's and T5's tokenizers have in common: frame the ids, cut and pad them."""
+
+    backend: Tokenizer
+    start: list[int]  # ids put before a prompt
+    end: list[int]  # ids put after it, also where it is cut
+    pad: int  # id that fills up the batch
+    max_length: int  # n where a call does not say
+
+    file: ClassVar[str]  # the file that a folder of this kind of tokenizer has to have
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Read a tokenizer's folder of a diffusers repository. Raises TokenizerError."""
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise TokenizerError(f"{folder}: no such folder; {HINT}")
+        if not (folder / cls.file).is_file() and not (folder / "tokenizer.json").is_file():
+            raise TokenizerError(f"{folder / cls.file}: no such file (nor tokenizer.json); {HINT}")
+        return cls.build(folder)
+
+    @classmethod
+    def build(cls, folder: Path) -> Self:
+        raise NotImplementedError
+
+    def __call__(self, texts: list[str], length: int | None = None) -> Tokens:
+        """Tokenize prompts to `length` ids each (default: `max_length`), start and end tokens included.
+
+        Equal to transformers' call with padding="max_length", truncation=True. Raises TokenizerError for
+        a prompt that is not valid Unicode and ValueError for a length without room for a prompt.
+        """
+        length = self.max_length if length is None else length
+        room = length - len(self.start) - len(self.end)
+        if room < 1:
+            raise ValueError(f"a token length of {length} leaves no room for a prompt")
+        rows, lost = [], []
+        for text in texts:
+            ids, rest = self.cut(text, room)
+            row = [*self.start, *ids, *self.end]
+            rows.append(row + [self.pad] * (length - len(row)))
+            lost.append(rest)
+        return Tokens(torch.tensor(rows, dtype=torch.int64).reshape(len(texts), length), lost)
+
+    def cut(self, text: str, room: int) -> tuple[list[int], str]:
+        """The first `room` ids of a text, and the part of the text that the other ids stand for."""
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise TokenizerError(f"the prompt {text!a} is not valid Unicode") from None
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        if len(encoding.ids) <= room:
+            return encoding.ids, ""
+        return encoding.ids[:room], text[encoding.offsets[room][0] :].strip()
+
+
+@dataclass
+class CLIPTokenizer(PromptTokenizer):
+    """CLIP's tokenizer, from `vocab.json` and `merges.txt` (or `tokenizer.json`)."""
+
+    file: ClassVar[str] = "vocab.json"
+
+    @classmethod
+    def build(cls, folder: Path) -> Self:
+        config = read_json(folder / "tokenizer_config.json")
+        special = clip_special_tokens(folder, config)
+        vocab, merges = read_clip_vocabulary(folder)
+        for token in special.values():
+            if token.content not in vocab:
+                raise TokenizerError(f"{folder}: the vocabulary lacks the special token {token.content!r}")
+        try:
+            model = models.BPE(
+                vocab=vocab,
+                merges=merges,
+                end_of_word_suffix="</w>",
+                unk_token=special["unk_token"].content,
+            )
+        except Exception as error:  # the package raises no narrower class
+            raise TokenizerError(
+                f"{folder}: merges that do not fit the vocabulary: {one_line(error)}"
+            ) from None
+        backend = Tokenizer(model)
+        backend.normalizer = normalizers.Sequence(
+            [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+        )
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(CLIP_WORDS), behavior="removed", invert=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
+        )
+        backend.add_special_tokens(list(special.values()))
+        start, end, pad = (vocab[special[role].content] for role in ("bos_token", "eos_token", "pad_token"))
+        return cls(backend, [start], [end], pad, max_length(config, 77))
+
+
+@dataclass
+class T5Tokenizer(PromptTokenizer):
+    """T5's tokenizer, from `spiece.model` (or `tokenizer.json`).
+
+    The pieces run in the package `tokenizers`, as in transformers, and not in SentencePiece, which finds
+    no special tokens in a prompt and normalises differently: it keeps a combining mark after "ª" or "½".
+    """
+
+    file: ClassVar[str] = "spiece.model"
+
+    @classmethod
+    def build(cls, folder: Path) -> Self:
+        binary = folder / cls.file
+        pieces, table = read_spiece(binary) if binary.is_file() else read_t5_json(folder)
+        ids = {piece: i for i, (piece, _) in enumerate(pieces)}
+        for token in ("<pad>", "</s>", "<unk>"):
+            if token not in ids:
+                raise TokenizerError(f"{folder}: the vocabulary lacks the special token {token!r}")
+        pieces += [(sentinel, 0.0) for sentinel in T5_SENTINELS if sentinel not in ids]
+        backend = Tokenizer(models.Unigram(pieces, unk_id=ids["<unk>"], byte_fallback=False))
+        if table:
+            backend.normalizer = normalizers.Precompiled(table)
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.WhitespaceSplit(),
+                pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always", split=True),
+            ]
+        )
+        backend.add_special_tokens([AddedToken(t, normalized=False) for t in ("<pad>", "</s>", "<unk>")])
+        backend.add_special_tokens(
+            [AddedToken(t, normalized=False, lstrip=True, rstrip=True) for t in T5_SENTINELS]
+        )
+        config = read_json(folder / "tokenizer_config.json")
+        return cls(backend, [], [ids["</s>"]], ids["<pad>"], max_length(config, 512))
+
+
+def max_length(config: dict[str, Any], default: int) -> int:
+    length = config.get("model_max_length", default)
+    return default if length > 10**6 else length  # transformers writes 10**30 for "unknown"
+
+
+def clip_special_tokens(folder: Path, config: dict[str, Any]) -> dict[str, AddedToken]:
+    """The start, end, unknown and padding tokens by role, with the flags of how they match in a prompt."""
+    named = {**config, **read_json(folder / "special_tokens_map.json")}
+    flags = {token["content"]: token for token in config.get("added_tokens_decoder", {}).values()}
+    special = {}
+    for role in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        token = named.get(role)
+        if token is None:  # no default: the two CLIPs differ in padding, and a wrong one shows in the picture
+            raise TokenizerError(
+                f"{folder}: special_tokens_map.json and tokenizer_config.json lack {role}; {HINT}"
+            )
+        token = flags.get(token, {"content": token}) if isinstance(token, str) else token
+        matching = {key: token.get(key, False) for key in ("lstrip", "rstrip", "single_word", "normalized")}
+        special[role] = AddedToken(token["content"], special=True, **matching)
+    return special
+
+
+def read_clip_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    if (folder / "vocab.json").is_file():
+        vocab = read_json(folder / "vocab.json")
+        path = folder / "merges.txt"
+        if not path.is_file():
+            raise TokenizerError(f"{path}: no such file; {HINT}")
+        lines = read_text(path).split("\n")
+        merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+    else:
+        path = folder / "tokenizer.json"
+        model = read_json(path).get("model", {})
+        vocab = model.get("vocab")
+        merges = [line.split(" ") if isinstance(line, str) else line for line in model.get("merges", [])]
+    if not isinstance(vocab, dict) or not all(isinstance(i, int) for i in vocab.values()):
+        raise TokenizerError(f"{folder}: malformed vocabulary, not an object of tokens and integer ids")
+    if not all(len(merge) == 2 for merge in merges):
+        raise TokenizerError(f"{path}: malformed, a merge is not two tokens with a space between")
+    return vocab, [(left, right) for left, right in merges]
+
+
+def read_spiece(path: Path) -> tuple[list[tuple[str, float]], bytes]:
+    """The pieces with their scores, and the normaliser's table."""
+    data = path.read_bytes()
+    try:
+        if not data:
+            raise RuntimeError("empty, which sentencepiece would take for no model given")
+        model = sentencepiece.SentencePieceProcessor(model_proto=data)
+        pieces = [(model.id_to_piece(i), model.get_score(i)) for i in range(model.get_piece_size())]
+        # sentencepiece does not hand out the table: ModelProto.normalizer_spec.precompiled_charsmap
+        spec = dict(protobuf_fields(data)).get(3, b"")
+        return pieces, dict(protobuf_fields(spec)).get(2, b"")
+    except (RuntimeError, IndexError):
+        raise TokenizerError(f"{path}: malformed, not a SentencePiece model; {HINT}") from None
+
+
+def protobuf_fields(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Number and content of the length-delimited fields of a protocol-buffer message; passes over others."""
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = data[at]
+            at += 1
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                return value
+
+    while at < len(data):
+        number, kind = divmod(varint(), 8)
+        if kind == 0:
+            varint()
+            continue
+        size = varint() if kind == 2 else 8 if kind == 1 else 4
+        if kind == 2:
+            yield number, data[at : at + size]
+        at += size
+
+
+def read_t5_json(folder: Path) -> tuple[list[tuple[str, float]], bytes]:
+    """As `read_spiece`, from a `tokenizer.json`."""
+    path = folder / "tokenizer.json"
+    content = read_json(path)
+    try:
+        model = content["model"]
+        pieces = [(str(piece), float(score)) for piece, score in model["vocab"]]
+        normalizer = content.get("normalizer") or {}
+        for step in normalizer.get("normalizers", [normalizer]):
+            if step.get("type") == "Precompiled":
+                return pieces, base64.b64decode(step["precompiled_charsmap"])
+        return pieces, b""
+    except (KeyError, TypeError, ValueError):
+        raise TokenizerError(f"{path}: malformed, not the tokenizer of a T5") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; an empty one where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise TokenizerError(f"{path}: malformed JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise TokenizerError(f"{path}: malformed, not a JSON object")
+    return content
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise TokenizerError(f"{path}: malformed, not UTF-8 text") from None
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

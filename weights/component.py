@@ -1,0 +1,80 @@
+"""One network's tensors inside a checkpoint: names, shapes and dtypes known, values read on demand."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from weights.errors import CheckpointError
+from weights.header import DTYPES, TensorInfo
+from weights.keymap import Entry, convert, converted_shape
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+class Component:
+    """The tensors of one network ("transformer", "vae", "clip_l", "clip_g" or "t5") under native names.
+
+    name: which network; path: file or folder it comes from, for messages; config: its config.json or None;
+    shapes, dtypes: of every tensor `read` can return, known from the headers alone.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        path: Path,
+        tensors: Mapping[str, TensorInfo],
+        entries: Mapping[str, Entry],
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        """`entries`: how each native name is made from `tensors`; CheckpointError if one cannot be used."""
+        self.name = name
+        self.path = path
+        self.config = config
+        self._tensors = tensors
+        self._entries = entries
+        self._files: dict[Path, Any] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        for native, entry in entries.items():
+            infos = [tensors[source] for source in entry.sources]
+            self.dtypes[native] = _common_dtype(infos)
+            try:
+                self.shapes[native] = converted_shape(entry.op, [info.shape for info in infos])
+            except ValueError as error:
+                raise CheckpointError(f"{path}: {name}: {native}: {error}") from None
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor of this native name, on the CPU, in the dtype of the file.
+
+        It is a view of the mapped file unless the two layouts store it differently (then a new tensor): do
+        not write to it. KeyError for an unknown name; CheckpointError if the file went bad since it was
+        opened.
+        """
+        entry = self._entries[name]
+        parts = [self._raw(self._tensors[source]) for source in entry.sources]
+        return convert(entry.op, parts)
+
+    def _raw(self, info: TensorInfo) -> torch.Tensor:
+        try:
+            if info.file not in self._files:
+                self._files[info.file] = safe_open(str(info.file), framework="pt", device="cpu")
+            return self._files[info.file].get_tensor(info.key)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise CheckpointError(f"{info.file}: {info.key} cannot be read: {error}") from error
+
+
+def _common_dtype(infos: list[TensorInfo]) -> torch.dtype:
+    for info in infos:
+        if info.dtype.startswith("F8_"):
+            what = f"fp8 weights ({info.key} is {info.dtype})"
+            raise CheckpointError(f"{info.file}: {what} are not supported yet: use an fp16 or bf16 file")
+        if info.dtype not in _FLOATS:
+            words = ", ".join(_FLOATS)
+            raise CheckpointError(f"{info.file}: {info.key} is {info.dtype}; weights must be one of {words}")
+    dtype = DTYPES[infos[0].dtype]
+    for info in infos[1:]:
+        dtype = torch.promote_types(dtype, DTYPES[info.dtype])
+    return dtype
