@@ -30,10 +30,7 @@ PREFIXES = {
     "clip_g": "text_encoders.clip_g.transformer.",
     "t5": "text_encoders.t5xxl.transformer.",
 }
-STEMS = {
-    part: "model" if folder.startswith("text") else "diffusion_pytorch_model"
-    for part, folder in FOLDERS.items()
-}
+STEMS = {part: "model" if folder.startswith("text") else "diffusion_pytorch_model" for part, folder in FOLDERS.items()}
 SHARD_BYTES = {"diffusion_pytorch_model": 10_000_000_000, "model": 5_000_000_000}
 
 _CLASSES = {
@@ -151,9 +148,7 @@ def vae_config(config: VAEConfig) -> dict[str, Any]:
 def clip_config(config: CLIPConfig) -> dict[str, Any]:
     """text_encoder/config.json; a CLIP without projection is a CLIPTextModel."""
     return {
-        "architectures": [
-            "CLIPTextModel" if config.projection_dim is None else "CLIPTextModelWithProjection"
-        ],
+        "architectures": ["CLIPTextModel" if config.projection_dim is None else "CLIPTextModelWithProjection"],
         "bos_token_id": 0,
         # Long out of date, and meaningful: with 2, transformers pools at the largest token id of the prompt.
         "eos_token_id": 2,

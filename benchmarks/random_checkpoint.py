@@ -80,9 +80,7 @@ def write_checkpoint(
         _write_single_file(out, parts, dtype, seed)
     else:
         _write_folder(out, parts, dtype, seed, max_shard_bytes)
-        published.write_pipeline_files(
-            out, list(parts), None if tokenizers is None else Path(tokenizers), defaults
-        )
+        published.write_pipeline_files(out, list(parts), None if tokenizers is None else Path(tokenizers), defaults)
     return out
 
 
@@ -130,9 +128,7 @@ def toy_clips(pooled: int, vocab: int) -> tuple[CLIPConfig, CLIPConfig]:
 
 def toy_t5(width: int, vocab: int) -> T5Config:
     """A two-block T5 of this width, heads of 16."""
-    return replace(
-        T5_XXL, vocab_size=vocab, d_model=width, d_ff=2 * width, d_kv=16, num_heads=4, num_layers=2
-    )
+    return replace(T5_XXL, vocab_size=vocab, d_model=width, d_ff=2 * width, d_kv=16, num_heads=4, num_layers=2)
 
 
 def _shapes(kind: Callable[[Any], nn.Module], config: Any) -> Shapes:
@@ -226,9 +222,7 @@ def _write_folder(out: Path, parts: Mapping[str, Part], dtype: str, seed: int, l
         folder.mkdir(parents=True, exist_ok=True)
         stem = published.STEMS[part]
         word = str(DTYPES[dtype]).removeprefix("torch.")
-        published.write_json(
-            folder / "config.json", config | ({"torch_dtype": word} if stem == "model" else {})
-        )
+        published.write_json(folder / "config.json", config | ({"torch_dtype": word} if stem == "model" else {}))
         items = _items(part, shapes, diffusers=True)
         sizes = [math.prod(item.shape) * DTYPES[dtype].itemsize for item in items]
         shards = published.split(items, sizes, limit or published.SHARD_BYTES[stem])
@@ -245,9 +239,7 @@ def _all_shapes(parts: Mapping[str, Part]) -> dict[str, Shapes]:
     return {part: shapes for part, (shapes, _) in parts.items()}
 
 
-def _write_safetensors(
-    path: Path, items: list[Item], shapes: Mapping[str, Shapes], dtype: str, seed: int
-) -> None:
+def _write_safetensors(path: Path, items: list[Item], shapes: Mapping[str, Shapes], dtype: str, seed: int) -> None:
     """Header first, then tensor after tensor; neighbours from one native tensor share its draw."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -47,7 +47,7 @@ class MMDiTConfig:
         Raises ValueError for a query-key norm other than RMS norm.
         """
         if config.get("qk_norm") not in (None, "rms_norm"):
-            raise ValueError(f"qk_norm {config['qk_norm']!r} is unknown: expected \"rms_norm\" or nothing")
+            raise ValueError(f'qk_norm {config["qk_norm"]!r} is unknown: expected "rms_norm" or nothing')
         heads = config.get("num_attention_heads", 18)
         return cls(
             patch_size=config.get("patch_size", 2),
@@ -89,9 +89,7 @@ class MMDiTConfig:
 
 SD35_MEDIUM = MMDiTConfig()
 SD3_MEDIUM = MMDiTConfig(pos_embed_max_size=192, qk_norm=False, dual_attention_blocks=())
-SD35_LARGE = MMDiTConfig(
-    hidden_size=2432, depth=38, num_heads=38, pos_embed_max_size=192, dual_attention_blocks=()
-)
+SD35_LARGE = MMDiTConfig(hidden_size=2432, depth=38, num_heads=38, pos_embed_max_size=192, dual_attention_blocks=())
 TOY = MMDiTConfig(
     hidden_size=128,
     depth=2,

@@ -56,22 +56,21 @@ class MMDiT(nn.Module):
         """
         patch = self.config.patch_size
         rows, columns = latent.shape[2] // patch, latent.shape[3] // patch
+        assert latent.shape[2:] == (rows * patch, columns * patch), f"{latent.shape} is not made of whole patches"
 
         # What every block is told: when (the timestep) and, in a word, what (the pooled text).
-        c = self.t_embedder(1000.0 * sigma.float()) + self.y_embedder(pooled)                  # (B, D)
+        c = self.t_embedder(1000.0 * sigma.float()) + self.y_embedder(pooled)  # (B, D)
 
         # What the blocks work on: image tokens, each knowing its place, and context tokens.
-        x = self.x_embedder(latent)                                                            # (B, N, D)
+        x = self.x_embedder(latent)  # (B, N, D)
         x = x + crop_positions(self.pos_embed, rows, columns).to(x.dtype)
-        context = self.context_embedder(context)                                               # (B, M, D)
+        context = self.context_embedder(context)  # (B, M, D)
 
         for block in self.joint_blocks:
             x, context = block(x, context, c)
 
-        x = self.final_layer(x, c)                                                             # (B, N, patch² C)
-        return rearrange(
-            x, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, w=columns, p=patch, q=patch
-        )
+        x = self.final_layer(x, c)  # (B, N, patch² C)
+        return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, w=columns, p=patch, q=patch)
 
 
 class JointBlock(nn.Module):
@@ -85,11 +84,11 @@ class JointBlock(nn.Module):
     def forward(self, x: Tensor, context: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         x_modulation = self.x_block.modulation(c)
         context_modulation = self.context_block.modulation(c)
-        x_qkv = self.x_block.to_qkv(x, x_modulation)                                           # 3 x (B, N, H, D / H)
-        context_qkv = self.context_block.to_qkv(context, context_modulation)                   # 3 x (B, M, H, D / H)
+        x_qkv = self.x_block.to_qkv(x, x_modulation)  # 3 x (B, N, H, D / H)
+        context_qkv = self.context_block.to_qkv(context, context_modulation)  # 3 x (B, M, H, D / H)
 
         q, k, v = (torch.cat(pair, dim=1) for pair in zip(context_qkv, x_qkv))
-        attended = attention(q, k, v)                                                          # (B, M + N, D)
+        attended = attention(q, k, v)  # (B, M + N, D)
         context_attended, x_attended = attended.split([context.shape[1], x.shape[1]], dim=1)
 
         context = self.context_block.finish(context, context_attended, context_modulation)
@@ -203,7 +202,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)                      # (B, 1, D) each
+        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)  # (B, 1, D) each
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
@@ -241,8 +240,8 @@ class TimestepEmbedder(Embedder):
         frequencies = torch.exp(
             -math.log(10000.0) * torch.arange(128, dtype=torch.float32, device=timestep.device) / 128
         )
-        angles = timestep.float()[:, None] * frequencies                                       # (B, 128)
-        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)                                # (B, 256)
+        angles = timestep.float()[:, None] * frequencies  # (B, 128)
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, 256)
         return self.mlp(waves.to(self.mlp[0].weight.dtype))
 
 
@@ -260,7 +259,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 def crop_positions(table: Tensor, rows: int, columns: int) -> Tensor:
     """The middle `rows` by `columns` of a square table of positions `(1, side², D)`; returns `(1, N, D)`."""
     side = math.isqrt(table.shape[1])
-    assert rows <= side and columns <= side, f"{rows}x{columns} tokens are more than the table's {side}x{side}"
+    assert max(rows, columns) <= side, f"{rows}x{columns} tokens are more than the table's {side}x{side}"
     top, left = (side - rows) // 2, (side - columns) // 2
     square = rearrange(table, "b (h w) d -> b h w d", h=side)
     return rearrange(square[:, top : top + rows, left : left + columns], "b h w d -> b (h w) d")

@@ -116,9 +116,7 @@ class CLIPTokenizer(PromptTokenizer):
                 unk_token=special["unk_token"].content,
             )
         except Exception as error:  # the package raises no narrower class
-            raise TokenizerError(
-                f"{folder}: merges that do not fit the vocabulary: {one_line(error)}"
-            ) from None
+            raise TokenizerError(f"{folder}: merges that do not fit the vocabulary: {one_line(error)}") from None
         backend = Tokenizer(model)
         backend.normalizer = normalizers.Sequence(
             [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
@@ -163,9 +161,7 @@ class T5Tokenizer(PromptTokenizer):
             ]
         )
         backend.add_special_tokens([AddedToken(t, normalized=False) for t in ("<pad>", "</s>", "<unk>")])
-        backend.add_special_tokens(
-            [AddedToken(t, normalized=False, lstrip=True, rstrip=True) for t in T5_SENTINELS]
-        )
+        backend.add_special_tokens([AddedToken(t, normalized=False, lstrip=True, rstrip=True) for t in T5_SENTINELS])
         config = read_json(folder / "tokenizer_config.json")
         return cls(backend, [], [ids["</s>"]], ids["<pad>"], max_length(config, 512))
 
@@ -183,9 +179,7 @@ def clip_special_tokens(folder: Path, config: dict[str, Any]) -> dict[str, Added
     for role in ("bos_token", "eos_token", "unk_token", "pad_token"):
         token = named.get(role)
         if token is None:  # no default: the two CLIPs differ in padding, and a wrong one shows in the picture
-            raise TokenizerError(
-                f"{folder}: special_tokens_map.json and tokenizer_config.json lack {role}; {HINT}"
-            )
+            raise TokenizerError(f"{folder}: special_tokens_map.json and tokenizer_config.json lack {role}; {HINT}")
         token = flags.get(token, {"content": token}) if isinstance(token, str) else token
         matching = {key: token.get(key, False) for key in ("lstrip", "rstrip", "single_word", "normalized")}
         special[role] = AddedToken(token["content"], special=True, **matching)

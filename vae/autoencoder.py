@@ -20,7 +20,7 @@ from torch import Tensor, nn
 class VAEConfig:
     """An autoencoder in numbers. The defaults are SD3's."""
 
-    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)  # width at each resolution, the picture's first
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)  # width at each resolution, largest picture first
     layers_per_block: int = 2  # residual blocks per resolution in the encoder; the decoder has one more
     latent_channels: int = 16  # channels of a latent
     image_channels: int = 3  # red, green, blue
@@ -31,9 +31,7 @@ class VAEConfig:
     def __post_init__(self) -> None:
         for width in self.block_out_channels:
             if width % self.norm_num_groups:
-                raise ValueError(
-                    f"VAE width {width} is not a multiple of its {self.norm_num_groups} norm groups"
-                )
+                raise ValueError(f"VAE width {width} is not a multiple of its {self.norm_num_groups} norm groups")
 
     @property
     def downscale(self) -> int:
@@ -66,9 +64,7 @@ class VAEConfig:
         levels = len({name.split(".")[2] for name in shapes if name.startswith("encoder.down.")})
         blocks = {name.split(".")[4] for name in shapes if name.startswith("encoder.down.0.block.")}
         return cls(
-            block_out_channels=tuple(
-                shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)
-            ),
+            block_out_channels=tuple(shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)),
             layers_per_block=len(blocks),
             latent_channels=shapes["decoder.conv_in.weight"][1],
             image_channels=shapes["encoder.conv_in.weight"][1],
@@ -76,7 +72,7 @@ class VAEConfig:
 
 
 SD3_VAE = VAEConfig()
-TOY_VAE = VAEConfig(block_out_channels=(32, 32, 64, 64), layers_per_block=1)
+TOY_VAE = VAEConfig(block_out_channels=(32, 64, 64, 96), layers_per_block=1)
 
 
 class Autoencoder(nn.Module):
@@ -98,7 +94,7 @@ class Autoencoder(nn.Module):
         image: `(B, 3, H, W)` in [-1, 1], H and W multiples of `config.downscale`.
         Returns two tensors `(B, latent_channels, h, w)`.
         """
-        mean, logvar = self.encoder(image).chunk(2, dim=1)                                     # (B, C, h, w) each
+        mean, logvar = self.encoder(image).chunk(2, dim=1)  # (B, C, h, w) each
         std = torch.exp(0.5 * logvar.clamp(-30.0, 20.0))  # the clamp is part of the published definition
         scale, shift = self.config.scaling_factor, self.config.shift_factor
         return (mean - shift) * scale, std * scale
@@ -126,11 +122,11 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, image: Tensor) -> Tensor:
-        x = self.conv_in(image)                                                                # (B, C0, H, W)
+        x = self.conv_in(image)  # (B, C0, H, W)
         for level in self.down:
             x = level(x)
-        x = self.mid(x)                                                                        # (B, C3, h, w)
-        return self.conv_out(F.silu(self.norm_out(x)))                                         # (B, 2 * latent, h, w)
+        x = self.mid(x)  # (B, C3, h, w)
+        return self.conv_out(F.silu(self.norm_out(x)))  # (B, 2 * latent, h, w)
 
 
 class Decoder(nn.Module):
@@ -151,10 +147,10 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], config.image_channels, 3, padding=1)
 
     def forward(self, latent: Tensor) -> Tensor:
-        x = self.mid(self.conv_in(latent))                                                     # (B, C3, h, w)
+        x = self.mid(self.conv_in(latent))  # (B, C3, h, w)
         for level in reversed(self.up):
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))                                         # (B, 3, H, W)
+        return self.conv_out(F.silu(self.norm_out(x)))  # (B, 3, H, W)
 
 
 class Level(nn.Module):
@@ -162,9 +158,7 @@ class Level(nn.Module):
 
     def __init__(self, width_in: int, width: int, blocks: int, groups: int, **resample: nn.Module) -> None:
         super().__init__()
-        self.block = nn.ModuleList(
-            ResnetBlock(width_in if i == 0 else width, width, groups) for i in range(blocks)
-        )
+        self.block = nn.ModuleList(ResnetBlock(width_in if i == 0 else width, width, groups) for i in range(blocks))
         self.resample = tuple(resample)
         for name, module in resample.items():
             self.add_module(name, module)
@@ -216,10 +210,8 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         normed = self.norm(x)
-        q, k, v = (
-            rearrange(project(normed), "b c h w -> b 1 (h w) c") for project in (self.q, self.k, self.v)
-        )
-        y = F.scaled_dot_product_attention(q, k, v)                                            # (B, 1, h * w, C)
+        q, k, v = (rearrange(project(normed), "b c h w -> b 1 (h w) c") for project in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v)  # (B, 1, h * w, C)
         return x + self.proj_out(rearrange(y, "b 1 (h w) c -> b c h w", h=x.shape[2]))
 
 

@@ -90,9 +90,7 @@ class Checkpoint:
         if name not in _PLACES:
             raise ValueError(f"no component {name!r}: one of {', '.join(_PLACES)}")
         if name not in self.components:
-            raise CheckpointError(
-                f"{self.path}: has no {name} (has {', '.join(self.components) or 'nothing'})"
-            )
+            raise CheckpointError(f"{self.path}: has no {name} (has {', '.join(self.components) or 'nothing'})")
         if name not in self._opened:
             self._opened[name] = self._open(name)
         return self._opened[name]
@@ -125,9 +123,7 @@ def _open_folder(path: Path) -> Checkpoint:
     index = read_json(index_path)
     pipeline = str(index.get("_class_name", "?"))
     if not pipeline.startswith("StableDiffusion3"):
-        raise CheckpointError(
-            f"{index_path}: made for {pipeline}; this engine runs StableDiffusion3Pipeline folders"
-        )
+        raise CheckpointError(f"{index_path}: made for {pipeline}; this engine runs StableDiffusion3Pipeline folders")
     scheduler = path / "scheduler" / "scheduler_config.json"
     defaults = path / "mmdit.json"
     return Checkpoint(
@@ -176,11 +172,7 @@ def _sharded(index: Path) -> dict[str, TensorInfo]:
     for shard in dict.fromkeys(weight_map.values()):
         # A name that is a path could read any file of the machine; links stay allowed, download caches use
         # them.
-        if (
-            shard in ("", ".", "..")
-            or PurePosixPath(shard).name != shard
-            or PureWindowsPath(shard).name != shard
-        ):
+        if shard in ("", ".", "..") or PurePosixPath(shard).name != shard or PureWindowsPath(shard).name != shard:
             raise CheckpointError(f"{index}: shard {shard!r} is not a plain file name beside the index")
         if not (index.parent / shard).exists():
             raise CheckpointError(f"{index}: lists the shard {shard}, which is missing")
@@ -208,9 +200,7 @@ def _open_single_file(path: Path) -> Checkpoint:
         else:
             groups.setdefault(owner, {})[key[len(prefixes[owner] or "") :]] = info
     if strangers:
-        warnings.warn(
-            f"{path}: ignoring {len(strangers)} unknown tensors, the first is {strangers[0]}", stacklevel=3
-        )
+        warnings.warn(f"{path}: ignoring {len(strangers)} unknown tensors, the first is {strangers[0]}", stacklevel=3)
     return Checkpoint(
         path=path,
         components=tuple(name for name in _PLACES if name in groups),
@@ -224,9 +214,7 @@ def _prefix(path: Path, tensors: Mapping[str, TensorInfo]) -> str:
     if found:
         return min(found, key=len)
     what = next((text for mark, text in _STRANGERS if any(mark in key for key in tensors)), None)
-    raise CheckpointError(
-        f"{path}: {what}" if what else f"{path}: no SD3 transformer: no key ends in {_NATIVE_MARK}"
-    )
+    raise CheckpointError(f"{path}: {what}" if what else f"{path}: no SD3 transformer: no key ends in {_NATIVE_MARK}")
 
 
 # ---- both ----------------------------------------------------------------------------------------

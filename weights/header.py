@@ -80,17 +80,13 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 def _refuse_other_formats(path: Path, start: bytes, size: int) -> None:
     if start[8:] == b"{":
         return
-    if start.startswith(b"PK") or (
-        start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
-    ):
+    if start.startswith(b"PK") or (start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")):
         raise CheckpointError(f"{path}: a pickle checkpoint (.ckpt/.pt/.bin); pickles are never opened, "
                               "because they can run code: use a .safetensors file")  # fmt: skip
     if start.startswith(b"GGUF"):
         raise CheckpointError(f"{path}: a GGUF file; GGUF is not supported: use a .safetensors file")
     if start.startswith(b"version "):
-        raise CheckpointError(
-            f"{path}: a Git LFS pointer, not the weights: fetch the real file (git lfs pull)"
-        )
+        raise CheckpointError(f"{path}: a Git LFS pointer, not the weights: fetch the real file (git lfs pull)")
     if size < 8:
         raise CheckpointError(f"{path}: not a safetensors file: {size} bytes, even an empty one has 10")
     raise CheckpointError(f"{path}: not a safetensors file: no header after the first 8 bytes")

@@ -120,10 +120,7 @@ VAE = Table(
             for d, n in _RESNET.items()
         ),
         # Native levels count from the finest on both sides, diffusers' decoder runs from the coarsest.
-        *(
-            Row("decoder.up_blocks.{i}.resnets.{j}." + d, "decoder.up.{rev}.block.{j}." + n)
-            for d, n in _RESNET.items()
-        ),
+        *(Row("decoder.up_blocks.{i}.resnets.{j}." + d, "decoder.up.{rev}.block.{j}." + n) for d, n in _RESNET.items()),
         Row("encoder.down_blocks.{i}.downsamplers.0.conv", "encoder.down.{i}.downsample.conv"),
         Row("decoder.up_blocks.{i}.upsamplers.0.conv", "decoder.up.{rev}.upsample.conv"),
         *(

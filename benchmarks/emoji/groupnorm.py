@@ -10,16 +10,14 @@ from torch import Tensor, nn
 
 class _GroupNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:  # noqa: ANN001
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
         b, c, h, w = x.shape
-        y, mean, rstd = torch.native_group_norm(
-            x, weight.to(x.dtype), bias.to(x.dtype), b, c, h * w, groups, eps
-        )
+        y, mean, rstd = torch.native_group_norm(x, weight.to(x.dtype), bias.to(x.dtype), b, c, h * w, groups, eps)
         ctx.save_for_backward(x, weight, mean.float(), rstd.float())
         return y
 
     @staticmethod
-    def backward(ctx, dy: Tensor):  # noqa: ANN001, ANN205
+    def backward(ctx, dy: Tensor):
         x, weight, mean, rstd = ctx.saved_tensors
         b, c, h, w = x.shape
         groups = mean.shape[1]

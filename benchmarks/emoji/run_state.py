@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 
 class Clock:
-    """Training time spent, over all sittings of one run, as a share of the time it is given."""
+    """Training time spent, over all sittings of one run, as a share of the time it is given.
+
+    A step counts for ten seconds at most, so that a paused process loses none of its time.
+    """
 
     def __init__(self, minutes: float, spent: float = 0.0) -> None:
         self.total, self.spent, self.last = 60.0 * minutes, spent, time.monotonic()
@@ -18,7 +21,7 @@ class Clock:
     def tick(self) -> float:
         """Add the time since the last call; returns the share spent, in 0..1."""
         now = time.monotonic()
-        self.spent, self.last = self.spent + now - self.last, now
+        self.spent, self.last = self.spent + min(now - self.last, 10.0), now
         return min(1.0, self.spent / self.total)
 
 

@@ -51,11 +51,7 @@ class Scene:
     @property
     def caption(self) -> str:
         subjects = " and ".join(f"{article(noun)} {noun}" for noun in self.nouns)
-        return (
-            f"{subjects} on {article(self.colour)} {self.colour} background"
-            if self.named_colour
-            else subjects
-        )
+        return f"{subjects} on {article(self.colour)} {self.colour} background" if self.named_colour else subjects
 
 
 def article(word: str) -> str:
@@ -127,9 +123,7 @@ def glyph(noun: str, side: int) -> np.ndarray:
     square = Image.new("RGBA", (max(ink.size),) * 2, (0, 0, 0, 0))
     square.paste(ink, ((square.width - ink.width) // 2, (square.height - ink.height) // 2))
     # Resampled with premultiplied alpha, or dark fringes of transparent pixels would bleed in.
-    return np.asarray(
-        square.convert("RGBa").resize((side, side), Image.Resampling.LANCZOS).convert("RGBA"), np.float32
-    )
+    return np.asarray(square.convert("RGBa").resize((side, side), Image.Resampling.LANCZOS).convert("RGBA"), np.float32)
 
 
 def without_colour(scene: Scene) -> Scene:

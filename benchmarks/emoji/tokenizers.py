@@ -58,7 +58,12 @@ def write_clip(folder: Path, tokens: list[str], merges: list[str], pad: str) -> 
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
     special = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": pad}
     write_json(folder / "special_tokens_map.json", special)
-    config = {**special, "model_max_length": CLIP_LENGTH, "tokenizer_class": "CLIPTokenizer", "do_lower_case": True}
+    config = {
+        **special,
+        "model_max_length": CLIP_LENGTH,
+        "tokenizer_class": "CLIPTokenizer",
+        "do_lower_case": True,
+    }
     added = {
         str(vocabulary[token]): {
             "content": token, "lstrip": False, "normalized": token == BOS, "rstrip": False,

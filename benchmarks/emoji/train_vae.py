@@ -5,7 +5,6 @@ L1 and squared error with a slight pull of the latents towards a unit Gaussian. 
 """
 
 import argparse
-import math
 from pathlib import Path
 from random import Random
 
@@ -15,13 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.emoji.groupnorm import speed_up
+from benchmarks.emoji.optimizer import Both
 from benchmarks.emoji.run_state import Average, Clock, learning_rate, save
 from benchmarks.emoji.scenes import random_scene, render
 from vae.autoencoder import Autoencoder, VAEConfig
 
 # Scale and shift are measured after training and written into the exported config; until then latents are raw.
 CONFIG = VAEConfig(
-    block_out_channels=(16, 48, 96, 160),
+    block_out_channels=(16, 32, 64, 160),
     layers_per_block=1,
     norm_num_groups=8,
     scaling_factor=1.0,
@@ -54,27 +54,36 @@ def reconstruction_db(model: Autoencoder, image: Tensor) -> float:
     return float((10 * torch.log10(255.0**2 / error)).mean())
 
 
+def optimizer_of(model: Autoencoder) -> Both:
+    """Muon for the convolutions inside, AdamW for the norms, the biases and the layers at both ends of each half."""
+    matrices, others = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            muon = p.ndim == 4 and "conv_in" not in name and name != "decoder.conv_out.weight"
+            (matrices if muon else others).append(p)
+    return Both(matrices, others, decay=0.0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("out/emoji"), help="folder of checkpoints")
     parser.add_argument("--minutes", type=float, default=30, help="training time over all sittings")
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels")
-    parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
-    parser.add_argument(
-        "--decoder-only", action="store_true", help="refine the decoder of a trained autoencoder"
-    )
+    parser.add_argument("--rate", type=float, default=8e-3, help="peak learning rate")
+    parser.add_argument("--decoder-only", action="store_true", help="refine the decoder of a trained autoencoder")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
     model = speed_up(Autoencoder(CONFIG).to(memory_format=torch.channels_last))
+    with torch.no_grad():  # a latent's standard deviation begins small, or its noise hides all else at first
+        model.encoder.conv_out.bias[CONFIG.latent_channels :] = -6.0
     path = args.work / ("decoder.pt" if args.decoder_only else "vae.pt")
     if args.decoder_only:
         model.load_state_dict(torch.load(args.work / "vae.pt", weights_only=True)["average"])
         model.encoder.requires_grad_(False)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.rate, betas=(0.9, 0.98), weight_decay=1e-3)
+    optimizer = optimizer_of(model)
     average, clock, step = Average(model, horizon=500), Clock(args.minutes), 0
     if path.exists():
         state = torch.load(path, weights_only=True)
@@ -91,18 +100,14 @@ def main() -> None:
 
     running = 0.0
     while (share := clock.tick()) < 1.0:
-        for group in optimizer.param_groups:
-            group["lr"] = args.rate * learning_rate(share)
         image = batch(rng, args.batch, args.size).contiguous(memory_format=torch.channels_last)
         loss = loss_of(model, image, args.decoder_only)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        optimizer.step(args.rate * learning_rate(share))
         average.update()
         step += 1
-        running = loss.item() if math.isnan(running) or not running else 0.98 * running + 0.02 * loss.item()
-        if step % 200 == 0:
+        running = loss.item() if not running else 0.98 * running + 0.02 * loss.item()
+        if step % 500 == 0:
             checkpoint()
             averaged = Autoencoder(CONFIG)
             averaged.load_state_dict(average.state())

@@ -1,0 +1,133 @@
+"""From settings to loaded parts: which file becomes which module, on which device, in which number format."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from mmdit.config import MMDiTConfig
+from mmdit.model import MMDiT
+from mmdit.settings import Settings, SettingsError, check_defaults
+from text_encoders import (
+    CLIPConfig,
+    CLIPTextEncoder,
+    CLIPTokenizer,
+    T5Config,
+    T5Encoder,
+    T5Tokenizer,
+    TextEncoder,
+    TokenizerError,
+)
+from vae import Autoencoder, VAEConfig
+from weights import Checkpoint, CheckpointError, Component, fill, open_checkpoint
+
+DEMO = Path(__file__).parent.parent / "weights" / "demo"
+
+
+class Parts(NamedTuple):
+    """What a picture needs."""
+
+    transformer: MMDiT
+    text: TextEncoder
+    vae: Autoencoder
+    defaults: dict[str, float]  # the model's own settings
+    shift: float  # of its noise schedule
+
+
+def load_parts(settings: Settings) -> Parts:
+    """Open the model that the settings name, the demo if none, and fill its modules.
+
+    Without T5 (`settings.t5` off or omit) its files are not opened. All that can be wrong with the settings, the
+    names and the shapes is found before the first tensor is read. Raises SettingsError, CheckpointError or
+    TokenizerError.
+    """
+    device, dtype = device_of(settings), dtype_of(settings)
+    checkpoint = open_checkpoint(settings.model or DEMO)
+    defaults = check_defaults(checkpoint.defaults, str(checkpoint.path / "mmdit.json"))
+    settings.resolved(defaults)
+    wanted = [name for name in PARTS if name != "t5" or settings.t5 == "on"]
+    for name in wanted:
+        if not checkpoint.has(name):
+            hint = "; --t5 off or --t5 omit runs without it" if name == "t5" else ""
+            raise CheckpointError(f"{checkpoint.path}: has no {name}, which a picture needs{hint}")
+    tokenizers = load_tokenizers(settings, checkpoint)
+    components = {name: checkpoint.component(name) for name in wanted}
+    empty = {name: build(component) for name, component in components.items()}
+    size = sum(p.numel() * part_dtype(n, dtype).itemsize for n in wanted for p in empty[n].state_dict().values())
+    with tqdm(total=size, desc="load", unit="B", unit_scale=True, disable=None, leave=False) as bar:
+        full = {n: fill(empty[n], components[n], part_dtype(n, dtype), device, bar.update) for n in wanted}
+    text = TextEncoder(
+        **tokenizers,
+        clip_l=full["clip_l"],
+        clip_g=full["clip_g"],
+        t5=full.get("t5"),
+        t5_mode=settings.t5,
+        width=full["transformer"].config.context_size,
+    )
+    shift = float((checkpoint.scheduler or {}).get("shift", 3.0))
+    return Parts(full["transformer"], text, full["vae"], defaults, shift)
+
+
+PARTS: dict[str, tuple[type[nn.Module], Any]] = {
+    "clip_l": (CLIPTextEncoder, CLIPConfig),
+    "clip_g": (CLIPTextEncoder, CLIPConfig),
+    "t5": (T5Encoder, T5Config),
+    "transformer": (MMDiT, MMDiTConfig),
+    "vae": (Autoencoder, VAEConfig),
+}
+
+
+def build(component: Component) -> Any:
+    """The component's module without values; its config from config.json, else from the tensors' shapes."""
+    module, config = PARTS[component.name]
+    try:
+        values = config.from_json(component.config) if component.config else config.from_shapes(component.shapes)
+    except KeyError as missing:
+        raise CheckpointError(f"{component.path}: {component.name} lacks {missing}") from None
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{component.path}: {component.name}: {error}") from None
+    with torch.device("meta"):
+        return module(values)
+
+
+def load_tokenizers(settings: Settings, checkpoint: Checkpoint) -> dict[str, Any]:
+    folder = Path(settings.tokenizers).expanduser() if settings.tokenizers else checkpoint.tokenizers
+    if folder is None:
+        raise TokenizerError(
+            f"{checkpoint.path}: has no tokenizers: --tokenizers FOLDER names a folder with tokenizer/, "
+            "tokenizer_2/ and tokenizer_3/"
+        )
+    return {
+        "tokenizer_l": CLIPTokenizer.load(folder / "tokenizer"),
+        "tokenizer_g": CLIPTokenizer.load(folder / "tokenizer_2"),
+        "tokenizer_t5": T5Tokenizer.load(folder / "tokenizer_3") if settings.t5 == "on" else None,
+    }
+
+
+def device_of(settings: Settings) -> torch.device:
+    """The device asked for; SettingsError where it is not there."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if settings.device == "auto":
+        return torch.device(next(name for name, there in available.items() if there))
+    if not available[settings.device]:
+        there = ", ".join(name for name, there in available.items() if there)
+        raise SettingsError(f"device {settings.device} is not available here: there is {there}")
+    return torch.device(settings.device)
+
+
+def dtype_of(settings: Settings) -> torch.dtype:
+    """The dtype asked for; auto is bfloat16 where the device multiplies it fast, else float32 (CPU) or float16."""
+    named = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    if settings.dtype != "auto":
+        return named[settings.dtype]
+    device = device_of(settings).type
+    if device == "cpu":
+        return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+    return torch.bfloat16 if device == "mps" or torch.cuda.is_bf16_supported() else torch.float16
+
+
+def part_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """T5 overflows in float16 and computes in bfloat16 instead."""
+    return torch.bfloat16 if name == "t5" and dtype == torch.float16 else dtype

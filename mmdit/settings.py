@@ -1,0 +1,116 @@
+"""The settings of a run: one dataclass names them for the command line, the Python keywords and the metadata."""
+
+import difflib
+import math
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+
+class SettingsError(ValueError):
+    """A setting that cannot be used; the message is one line: which, why, and what would be right."""
+
+
+def _setting(default: Any, help: str, **more: Any) -> Any:
+    return field(default=default, metadata={"help": help, **more})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything a picture depends on, and where it goes. None stands for the model's own default."""
+
+    prompt: str = _setting("", "what to draw")
+    negative: str = _setting("", "what to steer away from", metavar="TEXT")
+    model: str | None = _setting(
+        None, "diffusers folder or single .safetensors file (default: the demo model)", metavar="FOLDER|FILE"
+    )
+    tokenizers: str | None = _setting(
+        None, "folder with tokenizer/, tokenizer_2/, tokenizer_3/, for a single file", metavar="FOLDER"
+    )
+    width: int | None = _setting(None, "picture width in pixels", metavar="W")
+    height: int | None = _setting(None, "picture height in pixels", metavar="H")
+    steps: int | None = _setting(None, "denoising steps", metavar="N")
+    cfg: float | None = _setting(None, "guidance scale; 1 is without guidance, at half the cost", metavar="X")
+    seed: int = _setting(0, "seed of the first picture; picture i has seed S + i", metavar="S")
+    count: int = _setting(1, "number of pictures", metavar="N")
+    t5: str = _setting(
+        "on", "off: zeros in place of T5's tokens (as diffusers); omit: no such tokens (as ComfyUI)",
+        choices=("on", "off", "omit"),
+    )  # fmt: skip
+    t5_length: int | None = _setting(
+        None, "tokens that T5 reads, 1 to 512: 77, 154, 256 and 512 are usual", metavar="N"
+    )
+    dtype: str = _setting("auto", "number format of the weights", choices=("auto", "bf16", "fp16", "fp32"))
+    device: str = _setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
+    out: str = _setting("out", "PNG file, or folder for files named after prompt and seed", metavar="FILE|FOLDER")
+    dump: str | None = _setting(None, "write every stage's tensors into this file", metavar="FILE.safetensors")
+
+    def resolved(self, defaults: dict[str, Any]) -> "Settings":
+        """With the model's `defaults`, then SD3.5-Medium's, in place of None; the result is checked.
+
+        Raises SettingsError.
+        """
+        known = {**SD35_MEDIUM_DEFAULTS, **defaults}
+        missing = {name: value for name, value in known.items() if getattr(self, name) is None}
+        settings = replace(self, **missing)
+        settings.check()
+        return settings
+
+    def check(self) -> None:
+        """Raise SettingsError for what no model could do."""
+        for f in fields(self):
+            value, choices = getattr(self, f.name), f.metadata.get("choices")
+            if choices and value not in choices:
+                raise SettingsError(f"{f.name} is {value!r}: expected one of {', '.join(choices)}")
+        for name, least in (("steps", 1), ("count", 1), ("width", 1), ("height", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise SettingsError(f"{name} is {value!r}: expected a whole number from {least}")
+        if self.t5_length is None or not 1 <= self.t5_length <= 512:
+            raise SettingsError(f"t5_length is {self.t5_length}: expected 1 to 512; 77, 154, 256 and 512 are usual")
+        if isinstance(self.cfg, bool) or not isinstance(self.cfg, int | float) or not math.isfinite(self.cfg):
+            raise SettingsError(f"cfg is {self.cfg!r}: expected a number, 1 for no guidance")
+        if not self.seed >= -(2**63) or not self.seed + self.count <= 2**64:
+            raise SettingsError(f"seed is {self.seed}: expected a whole number of at most 64 bits")
+
+
+SD35_MEDIUM_DEFAULTS: dict[str, Any] = {
+    "width": 1024,
+    "height": 1024,
+    "steps": 28,
+    "cfg": 4.5,
+    "t5_length": 256,
+}
+
+
+def check_defaults(defaults: dict[str, Any], where: str) -> dict[str, Any]:
+    """A model's own defaults, as its folder brings them; raises SettingsError for what may not be there."""
+    for name, value in defaults.items():
+        if name not in SD35_MEDIUM_DEFAULTS or isinstance(value, bool) or not isinstance(value, int | float):
+            allowed = ", ".join(SD35_MEDIUM_DEFAULTS)
+            raise SettingsError(f"{where}: {name!r}: {value!r} is not a default: expected numbers for {allowed}")
+    return defaults
+
+
+def check_size(settings: Settings, multiple: int, largest: int) -> None:
+    """Raise SettingsError where a side is not a multiple of `multiple` pixels or above `largest`."""
+    for name in ("width", "height"):
+        side = getattr(settings, name)
+        if side % multiple:
+            below, above = side // multiple * multiple, (side // multiple + 1) * multiple
+            nearest = " or ".join(str(s) for s in (below, above) if 0 < s <= largest)
+            raise SettingsError(f"{name} {side} is not a multiple of {multiple}: the nearest are {nearest}")
+        if side > largest:
+            raise SettingsError(
+                f"{name} {side} is larger than the model's table of positions allows: {largest} at most"
+            )
+
+
+def settings_from(keywords: dict[str, Any], base: Settings) -> Settings:
+    """`base` with Python keywords in place; SettingsError for an unknown one, with the name that may be meant."""
+    names = [f.name for f in fields(Settings)]
+    for name in keywords:
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}"
+            raise SettingsError(f"no setting {name!r}: {hint}")
+    return replace(base, **keywords)
