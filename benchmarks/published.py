@@ -72,7 +72,11 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def write_pipeline_files(
-    out: Path, parts: Sequence[str], tokenizers: Path | None, defaults: dict[str, Any] | None
+    out: Path,
+    parts: Sequence[str],
+    tokenizers: Path | None,
+    defaults: dict[str, Any] | None,
+    shift: float = 3.0,
 ) -> None:
     """model_index.json, scheduler, tokenizers (copied) and mmdit.json of a folder with these components."""
     present = {FOLDERS[part] for part in parts} | {"scheduler"}
@@ -80,7 +84,7 @@ def write_pipeline_files(
         if tokenizers is not None and (tokenizers / name).is_dir():
             shutil.copytree(tokenizers / name, out / name, dirs_exist_ok=True)
             present.add(name)
-    scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
+    scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": shift}
     (out / "scheduler").mkdir(exist_ok=True)
     write_json(out / "scheduler" / "scheduler_config.json", scheduler | _VERSION)
     classes = {name: kind if name in present else [None, None] for name, kind in _CLASSES.items()}

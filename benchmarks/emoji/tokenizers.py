@@ -5,13 +5,16 @@ CLIP: byte-level BPE, `vocab.json` and `merges.txt`; T5: a sentencepiece unigram
 
 import io
 import json
+from collections import Counter
 from pathlib import Path
 from random import Random
+from tempfile import NamedTemporaryFile
 
 import sentencepiece
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 from benchmarks.emoji.scenes import random_scene
+from text_encoders import T5Tokenizer
 
 CLIP_LENGTH = 12  # the longest caption has nine words, and the start and end tokens
 T5_LENGTH = 12
@@ -77,17 +80,38 @@ def write_clip(folder: Path, tokens: list[str], merges: list[str], pad: str) -> 
 def write_t5(folder: Path, texts: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=model, model_type="unigram", vocab_size=320, pad_id=0, eos_id=1,
-        unk_id=2, bos_id=-1, hard_vocab_limit=False, minloglevel=2, num_threads=1,
-        # Letters that no caption has, so that other words become pieces instead of one unknown.
-        required_chars="abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,!?'-",
-    )  # fmt: skip
+    with NamedTemporaryFile("w", suffix=".tsv", encoding="utf-8") as seeds:
+        # Whole words to begin with: left to itself, the trainer takes the captions' few words apart.
+        words = Counter(word for text in texts for word in text.split())
+        seeds.writelines(f"▁{word}\t{count}\n" for word, count in words.most_common())
+        seeds.flush()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=400,
+            hard_vocab_limit=False,
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            normalization_rule_name="nmt_nfkc_cf",  # capitals read as small letters
+            seed_sentencepieces_file=seeds.name,
+            # Letters that no caption has, so that other words become pieces instead of one unknown.
+            required_chars="abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,!?'-",
+            minloglevel=2,
+            num_threads=1,
+        )
     (folder / "spiece.model").write_bytes(model.getvalue())
     special = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
     write_json(folder / "special_tokens_map.json", special)
-    config = {"model_max_length": T5_LENGTH, "tokenizer_class": "T5Tokenizer", "extra_ids": 0, "legacy": True}
+    config = {"model_max_length": T5_LENGTH, "tokenizer_class": "T5Tokenizer", "extra_ids": 100}
     write_json(folder / "tokenizer_config.json", {**special, **config})
+    # The same once more in the form that transformers reads without sentencepiece and protobuf.
+    fast = T5Tokenizer.load(folder).backend
+    end = ("</s>", fast.token_to_id("</s>"))
+    fast.post_processor = processors.TemplateProcessing(single="$A </s>", pair="$A </s> $B </s>", special_tokens=[end])
+    fast.save(str(folder / "tokenizer.json"))
 
 
 def write_json(path: Path, value: object) -> None:

@@ -36,7 +36,7 @@ MMDIT = MMDiTConfig(
     context_size=192,
     dual_attention_blocks=(0, 1, 2),
 )
-T5 = T5Config(vocab_size=512, d_model=192, d_kv=32, d_ff=384, num_layers=2, num_heads=4)
+T5 = T5Config(vocab_size=256, d_model=192, d_kv=32, d_ff=384, num_layers=2, num_heads=4)
 VOCABULARY = 768  # rows of both CLIPs' token embeddings; their tokenizers use 765
 
 
@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=90, help="training time over all sittings")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels")
-    parser.add_argument("--pool", type=int, default=40_000, help="encoded scenes held in memory")
+    parser.add_argument("--pool", type=int, default=30_000, help="encoded scenes held in memory")
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument(
@@ -220,7 +220,7 @@ def main() -> None:
         step += 1
         running = loss.item() if step == 1 or not running else 0.98 * running + 0.02 * loss.item()
         if step % 100 == 0:
-            pool.renew(args.pool // 100)
+            pool.renew(args.pool // 30)
             pace = step * args.batch / clock.spent
             print(f"{clock.spent / 60:6.1f} min  step {step}  loss {running:.4f}  {pace:.0f}/s", flush=True)
         if step % 300 == 0:

@@ -1,0 +1,168 @@
+"""This engine beside diffusers and transformers on one checkpoint: `python -m benchmarks.parity FOLDER`.
+
+FOLDER is a diffusers folder: the published one, one of `benchmarks.random_checkpoint`, or weights/demo. Every
+component gets the same inputs in both; errors are the norm of the difference over the norm of the reference. With `--dtype bf16`
+both sides are compared with this engine in float32, since two bfloat16 results differ from each other by rounding alone.
+"""
+
+import argparse
+import gc
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmdit import Pipeline, Settings
+from samplers import shifted_sigmas
+
+PROMPTS = ["a horse and a bear on a green background", ""]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Outputs = dict[str, Tensor]
+
+
+def relative_error(ours: Tensor, reference: Tensor) -> float:
+    difference = (ours.double() - reference.double()).norm()
+    return float(difference / reference.double().norm())
+
+
+class Inputs:
+    """The same random inputs for both sides, at the checkpoint's sizes."""
+
+    def __init__(self, pipe: Pipeline, settings: Settings) -> None:
+        generator = torch.Generator().manual_seed(settings.seed)
+        config = pipe.transformer.config
+        tokens = pipe.text.clip_l.config.max_length + (settings.t5_length or 0)
+        self.settings = settings
+        self.noise = pipe.noise(settings)
+        self.picture = torch.rand(1, 3, settings.height or 0, settings.width or 0, generator=generator) * 2 - 1
+        self.context = torch.randn(1, tokens, config.context_size, generator=generator)
+        self.pooled = torch.randn(1, config.pooled_size, generator=generator)
+        self.sigma = torch.tensor([0.8])
+
+
+@torch.inference_mode()
+def ours(pipe: Pipeline, inputs: Inputs) -> Outputs:
+    """Every component and the whole loop by this engine; float32 results."""
+    out: Outputs = {}
+    text = replace(pipe.text, t5_length=inputs.settings.t5_length or 256).encode(PROMPTS)
+    out |= {f"tokens {name}": ids for name, ids in text.tokens.items()}
+    for name in ("clip_l", "clip_g"):
+        out[f"{name} sequence"], out[f"{name} pooled"] = getattr(pipe.text, name)(text.tokens[name])
+    if pipe.text.t5 is not None:
+        out["t5 sequence"] = pipe.text.t5(text.tokens["t5"])
+    out["context"], out["pooled"] = text.context, text.pooled
+    dtype = pipe.transformer.context_embedder.weight.dtype
+    arguments = (inputs.noise, inputs.context, inputs.pooled)
+    latent, context, pooled = (t.to(dtype) for t in arguments)
+    out["transformer"] = pipe.transformer(latent, inputs.sigma, context, pooled)
+    out["vae encode"] = pipe.vae.encode(inputs.picture.to(dtype))[0]
+    out["vae decode"] = pipe.vae.decode(latent)
+    out["sigmas"] = shifted_sigmas(inputs.settings.steps or 1, pipe.shift)
+    trace: Outputs = {}
+    pipe.run(replace(inputs.settings, prompt=PROMPTS[0]), trace)
+    out["loop latents"] = trace[f"latents.{(inputs.settings.steps or 1) - 1}"]
+    out["image"] = trace["image"]
+    return {name: t if t.dtype in (torch.int64, torch.uint8) else t.float() for name, t in out.items()}
+
+
+@torch.inference_mode()
+def theirs(folder: Path, dtype: torch.dtype, inputs: Inputs) -> Outputs:
+    """The same by diffusers and transformers."""
+    from diffusers import StableDiffusion3Pipeline  # pyright: ignore[reportPrivateImportUsage]
+
+    settings, out = inputs.settings, Outputs()
+    pipe: Any = StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=dtype)
+    pipe.set_progress_bar_config(disable=True)
+    names = {"clip_l": ("", "tokenizer"), "clip_g": ("_2", "tokenizer_2"), "t5": ("_3", "tokenizer_3")}
+    for name, (suffix, tokenizer) in names.items():
+        length = settings.t5_length if name == "t5" else pipe.tokenizer.model_max_length
+        told = getattr(pipe, tokenizer)(
+            PROMPTS, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )
+        out[f"tokens {name}"] = told.input_ids
+        encoder = getattr(pipe, f"text_encoder{suffix}")
+        if name == "t5":
+            out["t5 sequence"] = encoder(told.input_ids)[0]
+        else:
+            result = encoder(told.input_ids, output_hidden_states=True)
+            out[f"{name} sequence"], out[f"{name} pooled"] = result.hidden_states[-2], result.text_embeds
+    keywords = {"max_sequence_length": settings.t5_length}
+    encoded = pipe.encode_prompt(PROMPTS, None, None, do_classifier_free_guidance=False, **keywords)
+    out["context"], out["pooled"] = encoded[0], encoded[2]
+    latent, context, pooled = (t.to(dtype) for t in (inputs.noise, inputs.context, inputs.pooled))
+    out["transformer"] = pipe.transformer(latent, context, pooled, 1000 * inputs.sigma, return_dict=False)[0]
+    scale, shift = pipe.vae.config.scaling_factor, pipe.vae.config.shift_factor
+    out["vae encode"] = (pipe.vae.encode(inputs.picture.to(dtype)).latent_dist.mode() - shift) * scale
+    out["vae decode"] = pipe.vae.decode(latent / scale + shift, return_dict=False)[0]
+    sides = {"width": settings.width, "height": settings.height, "num_inference_steps": settings.steps}
+    arguments = {"guidance_scale": settings.cfg, "latents": inputs.noise.to(dtype), **sides, **keywords}
+    out["loop latents"] = pipe(PROMPTS[0], negative_prompt="", output_type="latent", **arguments).images
+    out["sigmas"] = pipe.scheduler.sigmas
+    decoded = pipe.vae.decode(out["loop latents"] / scale + shift, return_dict=False)[0]
+    picture = pipe.image_processor.postprocess(decoded, output_type="pt")
+    out["image"] = (picture * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    return {name: t if t.dtype in (torch.int64, torch.uint8) else t.float() for name, t in out.items()}
+
+
+def freed(make: Callable[[], Outputs]) -> Outputs:
+    """What `make` returns, with the models it loaded gone from memory."""
+    out = make()
+    gc.collect()
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--height", type=int)
+    parser.add_argument("--steps", type=int, default=28)
+    parser.add_argument("--cfg", type=float)
+    parser.add_argument("--t5-length", type=int)
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    logging.disable(logging.WARNING)
+
+    def load(dtype: str) -> tuple[Pipeline, Inputs]:
+        pipe = Pipeline.load(args.folder, dtype=dtype, device="cpu")
+        wanted = {name: getattr(args, name) for name in ("width", "height", "steps", "cfg", "t5_length", "seed")}
+        settings = pipe.check(replace(pipe.settings, **wanted))
+        return pipe, Inputs(pipe, settings)
+
+    dtype = DTYPES[args.dtype]
+    mine = freed(lambda: ours(*load(args.dtype)))
+    other = freed(lambda: theirs(args.folder, dtype, load(args.dtype)[1]))
+    reference = mine if args.dtype == "fp32" else freed(lambda: ours(*load("fp32")))
+    print(f"{args.folder}, {args.dtype}, torch {torch.__version__}")
+    report: dict[str, Any] = {"dtype": args.dtype}
+    if args.dtype == "fp32":
+        print(f"{'component':16} error against diffusers and transformers")
+    else:
+        print(f"{'component':16} {'ours':>9} {'theirs':>9}  errors against this engine in float32")
+    for name, value in mine.items():
+        if name.startswith("tokens"):
+            report[name] = bool(torch.equal(value, other[name]))
+            print(f"{name:16} {'equal' if report[name] else 'DIFFERENT'}")
+        elif name == "image":
+            levels = (value.int() - other[name].int()).abs()
+            report[name] = {"most": int(levels.max()), "share": float((levels > 0).float().mean())}
+            print(
+                f"{name:16} differs by at most {report[name]['most']} levels, in {report[name]['share']:.2%} of values"
+            )
+        elif args.dtype == "fp32":
+            report[name] = relative_error(value, other[name])
+            print(f"{name:16} {report[name]:.1e}")
+        else:
+            report[name] = [relative_error(side[name], reference[name]) for side in (mine, other)]
+            print(f"{name:16} {report[name][0]:9.2e} {report[name][1]:9.2e}")
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
