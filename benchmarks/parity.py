@@ -1,8 +1,9 @@
 """This engine beside diffusers and transformers on one checkpoint: `python -m benchmarks.parity FOLDER`.
 
 FOLDER is a diffusers folder: the published one, one of `benchmarks.random_checkpoint`, or weights/demo. Every
-component gets the same inputs in both; errors are the norm of the difference over the norm of the reference. With `--dtype bf16`
-both sides are compared with this engine in float32, since two bfloat16 results differ from each other by rounding alone.
+component gets the same inputs in both; errors are the norm of the difference over the norm of the reference. With
+`--dtype bf16` both sides are compared with this engine in float32, since two bfloat16 results differ from each other
+by rounding alone.
 """
 
 import argparse
