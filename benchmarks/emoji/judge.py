@@ -1,7 +1,7 @@
 """Which emoji and which ground a picture shows, told by comparing it with rendered glyphs.
 
 For each place, every noun's glyph is put at every offset on the picture's own ground colour, and the one with the
-least squared difference is what is there, if the difference is less than half of the glyph's own energy against the
+least squared difference is what is there, if the difference is less than 0.4 of the glyph's own energy against the
 ground: so a smear, an empty ground or a second subject counts as nothing.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.emoji.scenes import COLOURS, NOUNS, glyph, slot
 
 REACH = 6 / 64  # offsets searched, as a fraction of the side
-MISMATCH = 0.5  # of the glyph's energy
+MISMATCH = 0.4  # of the glyph's energy
 
 
 class Verdict(NamedTuple):
@@ -46,12 +46,13 @@ def look(image: Tensor, ground: Tensor, index: int, subjects: int) -> tuple[str 
     centre, cell = slot(index, subjects)
     side, reach = round(cell * size), round(REACH * size)
     alpha, ink = kernels(side)  # (N, 1, s, s), (N, 3, s, s)
-    half = image[:, :, index * size // subjects : (index + 1) * size // subjects] if subjects == 2 else image
-    rest = half - ground[:, None, None]
+    share = slice(index * size // subjects, (index + 1) * size // subjects)  # columns that belong to this place
+    rest = torch.zeros_like(image)
+    rest[:, :, share] = image[:, :, share] - ground[:, None, None]
     energy = rest.square().sum()
 
     # |d - a (c - g)|² = |d|² - 2 d · a (c - g) + |a (c - g)|², the middle term as a correlation over all offsets.
-    window = F.pad(image - ground[:, None, None], (size,) * 4)
+    window = F.pad(rest, (size,) * 4)
     left, top = round(centre * size - side / 2) + size, round(0.5 * size - side / 2) + size
     window = window[None, :, top - reach : top + reach + side, left - reach : left + reach + side]
     difference = ink - alpha * ground[:, None, None]  # a (c - g): (N, 3, s, s)
