@@ -1,7 +1,7 @@
 """Which emoji and which ground a picture shows, told by comparing it with rendered glyphs.
 
 For each place, every noun's glyph is put at every offset on the picture's own ground colour, and the one with the
-least squared difference is what is there, if the difference is less than 0.4 of the glyph's own energy against the
+least squared difference is what is there, if the difference is less than 0.3 of the glyph's own energy against the
 ground: so a smear, an empty ground or a second subject counts as nothing.
 """
 
@@ -17,7 +17,8 @@ from torch import Tensor
 from benchmarks.emoji.scenes import COLOURS, NOUNS, glyph, slot
 
 REACH = 6 / 64  # offsets searched, as a fraction of the side
-MISMATCH = 0.4  # of the glyph's energy
+MISMATCH = 0.3  # of the glyph's energy
+FORGIVEN = 5.0  # levels, root mean square
 
 
 class Verdict(NamedTuple):
@@ -58,10 +59,10 @@ def look(image: Tensor, ground: Tensor, index: int, subjects: int) -> tuple[str 
     difference = ink - alpha * ground[:, None, None]  # a (c - g): (N, 3, s, s)
     correlation = F.conv2d(window, difference)[0].flatten(1)  # (N, offsets)
     own = difference.square().sum(dim=(1, 2, 3))  # (N,)
-    mismatch = ((energy - 2 * correlation.amax(dim=1) + own) / own).clamp(min=0)
-    error = mismatch * own
+    error = energy - 2 * correlation.amax(dim=1) + own
     best = int(error.argmin())
-    near = float(mismatch[best])
+    forgiven = 3 * size * size / subjects * FORGIVEN**2
+    near = max(0.0, float((error[best] - forgiven) / own[best]))
     return (list(NOUNS)[best] if near < MISMATCH else None), near
 
 
