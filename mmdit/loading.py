@@ -1,5 +1,6 @@
 """From settings to loaded parts: which file becomes which module, on which device, in which number format."""
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,9 +53,13 @@ def load_parts(settings: Settings) -> Parts:
         if not checkpoint.has(name):
             hint = "; --t5 off or --t5 omit runs without it" if name == "t5" else ""
             raise CheckpointError(f"{checkpoint.path}: has no {name}, which a picture needs{hint}")
+    shift = (checkpoint.scheduler or {}).get("shift", 3.0)
+    if isinstance(shift, bool) or not isinstance(shift, int | float) or not 0 < shift < math.inf:
+        raise CheckpointError(f"{checkpoint.path}: scheduler: shift is {shift!r}: expected a number above 0")
     tokenizers = load_tokenizers(settings, checkpoint)
     components = {name: checkpoint.component(name) for name in wanted}
     empty = {name: build(component) for name, component in components.items()}
+    check_together(checkpoint, empty)
     size = sum(p.numel() * part_dtype(n, dtype).itemsize for n in wanted for p in empty[n].state_dict().values())
     with tqdm(total=size, desc="load", unit="B", unit_scale=True, disable=None, leave=False) as bar:
         full = {n: fill(empty[n], components[n], part_dtype(n, dtype), device, bar.update) for n in wanted}
@@ -66,7 +71,6 @@ def load_parts(settings: Settings) -> Parts:
         t5_mode=settings.t5,
         width=full["transformer"].config.context_size,
     )
-    shift = float((checkpoint.scheduler or {}).get("shift", 3.0))
     return Parts(full["transformer"], text, full["vae"], defaults, shift)
 
 
@@ -84,12 +88,31 @@ def build(component: Component) -> Any:
     module, config = PARTS[component.name]
     try:
         values = config.from_json(component.config) if component.config else config.from_shapes(component.shapes)
+        with torch.device("meta"):
+            return module(values)
     except KeyError as missing:
         raise CheckpointError(f"{component.path}: {component.name} lacks {missing}") from None
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{component.path}: {component.name}: {error}") from None
-    with torch.device("meta"):
-        return module(values)
+    except (ValueError, TypeError, IndexError, ArithmeticError, RuntimeError) as error:
+        raise CheckpointError(f"{component.path}: {component.name}: sizes without sense: {error}") from None
+
+
+def check_together(checkpoint: Checkpoint, parts: dict[str, Any]) -> None:
+    """Raise CheckpointError where parts, each whole by itself, are of different models."""
+    config = {name: part.config for name, part in parts.items()}
+    transformer, clips = config["transformer"], (config["clip_l"], config["clip_g"])
+    pooled = sum(clip.projection_dim or clip.hidden_size for clip in clips)
+    context = sum(clip.hidden_size for clip in clips)
+    wanted = [
+        (pooled == transformer.pooled_size, f"pooled vectors of {pooled}, expected {transformer.pooled_size}"),
+        (context <= transformer.context_size, f"CLIP contexts of {context}, at most {transformer.context_size} fit"),
+        (config["vae"].latent_channels == transformer.in_channels, "latents of different channels"),
+    ]
+    if "t5" in config:
+        width = config["t5"].d_model
+        wanted.append((width == transformer.context_size, f"T5 of {width}, expected {transformer.context_size}"))
+    wrong = [what for fits, what in wanted if not fits]
+    if wrong:
+        raise CheckpointError(f"{checkpoint.path}: parts of different models: {'; '.join(wrong)}")
 
 
 def load_tokenizers(settings: Settings, checkpoint: Checkpoint) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from PIL import Image, PngImagePlugin
+from safetensors import SafetensorError
 
 from mmdit.settings import Settings, SettingsError
 
@@ -92,8 +93,11 @@ def check_writable(settings: Settings) -> None:
         targets["dump"] = Path(settings.dump).expanduser()
     for name, path in targets.items():
         file = name == "dump" or is_file(settings.out)
-        if file and path.is_dir():
-            raise SettingsError(f"{name}: {path} is a folder, expected a file's name")
+        try:
+            if file and path.is_dir():
+                raise SettingsError(f"{name}: {path} is a folder, expected a file's name")
+        except OSError as error:
+            raise SettingsError(f"{name}: {path}: {error.strerror or error}") from None
         check_folder(name, path.parent if file else path)
 
 
@@ -115,14 +119,23 @@ def check_folder(name: str, folder: Path) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A name to write to; what stands there when all went well becomes `path`, else nothing remains."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    """A name to write to; what stands there when all went well becomes `path`, else nothing remains.
+
+    Raises SettingsError where the disk does not take it.
+    """
+    made = [p for p in path.parents if not p.exists()]
+    partial = path.with_name(f".{os.getpid()}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        raise SettingsError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+            for folder in made:
+                folder.rmdir()  # those that hold a file stay
 
 
 def save_dump(save: Callable[[Path], None], path: Path) -> None:

@@ -49,6 +49,8 @@ class Pipeline:
         """settings: those that loading fixed are read from it (model, tokenizers, t5, dtype, device)."""
         self.transformer, self.text, self.vae, self.defaults, self.shift = parts
         self.settings = settings
+        weight = self.transformer.context_embedder.weight
+        self.actual = {"device": weight.device.type, "dtype": DTYPE_NAMES[weight.dtype]}  # what "auto" came to
 
     @classmethod
     def load(cls, model: str | Path | None = None, **keywords: Any) -> "Pipeline":
@@ -69,7 +71,10 @@ class Pipeline:
 
         Returns `count` pictures; picture i equals the single picture of seed + i. Raises one of USER_ERRORS.
         """
-        return self.run(settings_from({"prompt": prompt, **keywords}, self.settings)).images
+        settings = settings_from({"prompt": prompt, **keywords}, self.settings)
+        for name in {"out", "dump"} & keywords.keys():
+            raise SettingsError(f"{name} belongs to the command line: save the pictures that this returns")
+        return self.run(settings).images
 
     @torch.inference_mode()
     def run(self, settings: Settings, trace: dict[str, Tensor] | None = None) -> Result:
@@ -95,14 +100,12 @@ class Pipeline:
         if trace is not None:
             trace["image"] = pixels
         images = [Image.fromarray(picture.numpy()) for picture in pixels]
-        weight = self.transformer.context_embedder.weight
-        used = replace(settings, device=weight.device.type, dtype=DTYPE_NAMES[weight.dtype])
-        return Result(images, used, seconds)
+        return Result(images, replace(settings, **self.actual), seconds)
 
     def check(self, settings: Settings) -> Settings:
         """The settings with defaults filled in; raises SettingsError for what this model cannot do."""
         for name in ("model", "tokenizers", "t5", "dtype", "device"):
-            if getattr(settings, name) != getattr(self.settings, name):
+            if getattr(settings, name) not in (getattr(self.settings, name), self.actual.get(name)):
                 raise SettingsError(f"{name} is fixed when the model is loaded: give it to Pipeline.load")
         settings = settings.resolved(self.defaults)
         config = self.transformer.config
@@ -113,7 +116,8 @@ class Pipeline:
     def encode(self, prompt: str, settings: Settings) -> Conditioning:
         """One text to context `(1, n, context_size)` and pooled vector `(1, pooled_size)`."""
         text = replace(self.text, t5_length=settings.t5_length or 256).encode([prompt])
-        check_finite(text.context, "the text encoders' output", "--t5 off tells whether it is T5")
+        for values in (text.context, text.pooled):
+            check_finite(values, "the text encoders' output", "--t5 off tells whether it is T5")
         return text
 
     def noise(self, settings: Settings) -> Tensor:

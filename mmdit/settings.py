@@ -3,7 +3,7 @@
 import difflib
 import math
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 
 class SettingsError(ValueError):
@@ -37,7 +37,7 @@ class Settings:
         choices=("on", "off", "omit"),
     )  # fmt: skip
     t5_length: int | None = _setting(
-        None, "tokens that T5 reads, 1 to 512: 77, 154, 256 and 512 are usual", metavar="N"
+        None, "tokens that T5 reads, 2 to 512: 77, 154, 256 and 512 are usual", metavar="N"
     )
     dtype: str = _setting("auto", "number format of the weights", choices=("auto", "bf16", "fp16", "fp32"))
     device: str = _setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
@@ -61,16 +61,26 @@ class Settings:
             value, choices = getattr(self, f.name), f.metadata.get("choices")
             if choices and value not in choices:
                 raise SettingsError(f"{f.name} is {value!r}: expected one of {', '.join(choices)}")
-        for name, least in (("steps", 1), ("count", 1), ("width", 1), ("height", 1)):
+        for name in ("prompt", "negative"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise SettingsError(f"{name} is {value!r}: expected a whole number from {least}")
-        if self.t5_length is None or not 1 <= self.t5_length <= 512:
-            raise SettingsError(f"t5_length is {self.t5_length}: expected 1 to 512; 77, 154, 256 and 512 are usual")
+            if not isinstance(value, str):
+                raise SettingsError(f"{name} is {value!r}: expected text")
+            if any(0xD800 <= ord(c) <= 0xDFFF for c in value):
+                raise SettingsError(f"{name} is {value!a}: not valid Unicode")
+        for name in ("steps", "count", "width", "height"):
+            value = getattr(self, name)
+            if not whole(value) or value < 1:
+                raise SettingsError(f"{name} is {value!r}: expected a whole number from 1")
+        if not whole(self.t5_length) or not 2 <= self.t5_length <= 512:
+            raise SettingsError(f"t5_length is {self.t5_length!r}: expected 2 to 512; 77, 154, 256 and 512 are usual")
         if isinstance(self.cfg, bool) or not isinstance(self.cfg, int | float) or not math.isfinite(self.cfg):
             raise SettingsError(f"cfg is {self.cfg!r}: expected a number, 1 for no guidance")
-        if not self.seed >= -(2**63) or not self.seed + self.count <= 2**64:
-            raise SettingsError(f"seed is {self.seed}: expected a whole number of at most 64 bits")
+        if not whole(self.seed) or not -(2**63) <= self.seed <= 2**64 - self.count:
+            raise SettingsError(f"seed is {self.seed!r}: expected a whole number of at most 64 bits")
+
+
+def whole(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 SD35_MEDIUM_DEFAULTS: dict[str, Any] = {

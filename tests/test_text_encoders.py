@@ -237,9 +237,7 @@ def test_t5_refuses_float16():
 def test_autograd_reaches_every_weight():
     clip, t5 = CLIPTextEncoder(TINY_G), T5Encoder(T5S["odd sizes"])
     hidden, pooled = clip(clip_tokens(TINY_G, 2, 77, pad_with_end=False))
-    (
-        hidden.square().sum() + pooled.square().sum() + t5(torch.randint(0, 61, (2, 40))).square().sum()
-    ).backward()
+    (hidden.square().sum() + pooled.square().sum() + t5(torch.randint(0, 61, (2, 40))).square().sum()).backward()
     for name, parameter in [*clip.named_parameters(), *t5.named_parameters()]:
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name

@@ -129,9 +129,7 @@ def published(name: str) -> Path:
     return PUBLISHED / name
 
 
-@pytest.fixture(
-    scope="module", params=["clip_l", "clip_g", "t5", "trained_clip_l", "trained_clip_g", "trained_t5"]
-)
+@pytest.fixture(scope="module", params=["clip_l", "clip_g", "t5", "trained_clip_l", "trained_clip_g", "trained_t5"])
 def pair(request, tmp_path_factory):
     """Our tokenizer and transformers' of the same folder."""
     at = tmp_path_factory.mktemp("tokenizers") / "folder"

@@ -130,9 +130,7 @@ def test_values_depend_on_seed_and_not_on_dtype(toys: Path, tmp_path: Path) -> N
 
 def test_filled_transformer_is_the_same_from_both_layouts(toys: Path) -> None:
     seen: list[int] = []
-    first = fill(
-        meta(MMDiT, TOY), open_checkpoint(toys / "folder").component("transformer"), progress=seen.append
-    )
+    first = fill(meta(MMDiT, TOY), open_checkpoint(toys / "folder").component("transformer"), progress=seen.append)
     second = fill(meta(MMDiT, TOY), open_checkpoint(toys / "file.safetensors").component("transformer"))
     state = first.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in second.state_dict().items())
@@ -196,13 +194,9 @@ def test_names_other_tools_write_are_understood(toys: Path, tmp_path: Path) -> N
         for name in plain.component(part).shapes:
             assert torch.equal(other.component(part).read(name), plain.component(part).read(name))
 
-    save_file(
-        {"x." + NATIVE_MARK: torch.zeros(3, 1), "who.knows": torch.zeros(1)}, tmp_path / "x.safetensors"
-    )
+    save_file({"x." + NATIVE_MARK: torch.zeros(3, 1), "who.knows": torch.zeros(1)}, tmp_path / "x.safetensors")
     with pytest.warns(UserWarning, match=r"ignoring 1 unknown tensors, the first is who\.knows"):
-        assert open_checkpoint(tmp_path / "x.safetensors").component("transformer").shapes == {
-            NATIVE_MARK: (3, 1)
-        }
+        assert open_checkpoint(tmp_path / "x.safetensors").component("transformer").shapes == {NATIVE_MARK: (3, 1)}
     save_file({NATIVE_MARK: torch.zeros(3, 1), "pos_embed": torch.zeros(1)}, tmp_path / "bare.safetensors")
     bare = open_checkpoint(tmp_path / "bare.safetensors").component("transformer")
     assert set(bare.shapes) == {NATIVE_MARK, "pos_embed"}
@@ -215,9 +209,7 @@ def test_conversion_agrees_with_diffusers(toys: Path) -> None:
     from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 
     native = open_checkpoint(toys / "file.safetensors").component("transformer")
-    theirs = convert_sd3_transformer_checkpoint_to_diffusers(
-        {name: native.read(name) for name in native.shapes}
-    )
+    theirs = convert_sd3_transformer_checkpoint_to_diffusers({name: native.read(name) for name in native.shapes})
     ours = to_diffusers(native.shapes, TRANSFORMER)
     assert set(ours) == set(theirs)
     for name, entry in ours.items():

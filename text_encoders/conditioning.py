@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from text_encoders.clip import CLIPTextEncoder
 from text_encoders.t5 import T5Encoder
-from text_encoders.tokenizers import CLIPTokenizer, T5Tokenizer, Tokens
+from text_encoders.tokenizers import CLIPTokenizer, T5Tokenizer, TokenizerError, Tokens
 
 T5Mode = Literal["on", "off", "omit"]
 
@@ -67,6 +67,8 @@ class TextEncoder:
             if self.t5 is None or self.tokenizer_t5 is None:
                 raise ValueError("t5_mode is 'on' but there is no T5; 'off' and 'omit' go without")
             batches["t5"] = self.tokenizer_t5(texts, self.t5_length)
+        for name, batch in batches.items():
+            check_ids(batch.ids, getattr(self, name).config.vocab_size, name)
         warn_of_cuts(batches, self.warn)
         tokens = {name: batch.ids for name, batch in batches.items()}
         clip_l = self.clip_l(on_device_of(self.clip_l, tokens["clip_l"]))
@@ -103,6 +105,13 @@ def join(
     if t5.shape[-1] != width:
         raise ValueError(f"T5's width of {t5.shape[-1]} is not the context width of {width}")
     return torch.cat([context, t5.to(context)], dim=-2), pooled  # (B, n + m, W), (B, P)
+
+
+def check_ids(ids: Tensor, rows: int, name: str) -> None:
+    if ids.numel() and int(ids.max()) >= rows:
+        raise TokenizerError(
+            f"{name}: the prompt has token {int(ids.max())}, the model knows {rows}: are these its tokenizers?"
+        )
 
 
 def on_device_of(module: nn.Module, ids: Tensor) -> Tensor:

@@ -27,14 +27,15 @@ def fill(
     each tensor with its size in bytes as it now lies in memory.
 
     Conversion goes tensor by tensor, so the model never exists twice. A tensor that needs none is a view of
-    the mapped file: it occupies no memory of its own, and it must not be written to (copy it first).
+    the mapped file (in float32 only where it is aligned): it occupies no memory of its own, and it must not be
+    written to (copy it first).
 
     Raises CheckpointError, before any tensor is read, if names or shapes differ from the module's.
     """
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     _check(module, component, wanted)
     for name in wanted:
-        tensor = component.read(name).to(device=device, dtype=dtype)
+        tensor = aligned(component.read(name).to(device=device, dtype=dtype))
         _assign(module, name, tensor)
         if progress is not None:
             progress(tensor.nbytes)
@@ -42,6 +43,16 @@ def fill(
     empty = [name for name, buffer in module.named_buffers() if buffer.is_meta]
     assert not empty, f"buffers without values after filling: {empty}"
     return module.requires_grad_(False).eval()
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, copied if it is float32 on the CPU and does not begin at a cache line.
+
+    Float32 matrix products there round differently by how their operands lie in memory, and the same weights in two
+    files would give two pictures.
+    """
+    misplaced = tensor.device.type == "cpu" and tensor.dtype == torch.float32 and tensor.data_ptr() % 64
+    return tensor.clone() if misplaced else tensor
 
 
 def _check(module: nn.Module, component: Component, wanted: dict[str, tuple[int, ...]]) -> None:
