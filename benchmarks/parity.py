@@ -3,7 +3,7 @@
 FOLDER is a diffusers folder: the published one, one of `benchmarks.random_checkpoint`, or weights/demo. Every
 component gets the same inputs in both; errors are the norm of the difference over the norm of the reference. With
 `--dtype bf16` both sides are compared with this engine in float32, since two bfloat16 results differ from each other
-by rounding alone.
+by rounding alone; `--direct` compares them with each other all the same, where float32 does not fit into memory.
 """
 
 import argparse
@@ -77,10 +77,13 @@ def theirs(folder: Path, dtype: torch.dtype, inputs: Inputs) -> Outputs:
     from diffusers import StableDiffusion3Pipeline  # pyright: ignore[reportPrivateImportUsage]
 
     settings, out = inputs.settings, Outputs()
-    pipe: Any = StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=dtype)
+    without = {} if settings.t5 == "on" else {"text_encoder_3": None, "tokenizer_3": None}
+    pipe: Any = StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=dtype, **without)
     pipe.set_progress_bar_config(disable=True)
     names = {"clip_l": ("", "tokenizer"), "clip_g": ("_2", "tokenizer_2"), "t5": ("_3", "tokenizer_3")}
     for name, (suffix, tokenizer) in names.items():
+        if getattr(pipe, tokenizer) is None:
+            continue
         length = settings.t5_length if name == "t5" else pipe.tokenizer.model_max_length
         told = getattr(pipe, tokenizer)(
             PROMPTS, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
@@ -126,12 +129,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--cfg", type=float)
     parser.add_argument("--t5-length", type=int)
+    parser.add_argument("--t5", choices=("on", "off"), default="on")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--direct", action="store_true", help="do not compute in float32, compare directly")
     args = parser.parse_args()
     logging.disable(logging.WARNING)
 
     def load(dtype: str) -> tuple[Pipeline, Inputs]:
-        pipe = Pipeline.load(args.folder, dtype=dtype, device="cpu")
+        pipe = Pipeline.load(args.folder, dtype=dtype, device="cpu", t5=args.t5)
         wanted = {name: getattr(args, name) for name in ("width", "height", "steps", "cfg", "t5_length", "seed")}
         settings = pipe.check(replace(pipe.settings, **wanted))
         return pipe, Inputs(pipe, settings)
@@ -139,10 +144,11 @@ def main() -> None:
     dtype = DTYPES[args.dtype]
     mine = freed(lambda: ours(*load(args.dtype)))
     other = freed(lambda: theirs(args.folder, dtype, load(args.dtype)[1]))
-    reference = mine if args.dtype == "fp32" else freed(lambda: ours(*load("fp32")))
+    direct = args.direct or args.dtype == "fp32"
+    reference = other if direct else freed(lambda: ours(*load("fp32")))
     print(f"{args.folder}, {args.dtype}, torch {torch.__version__}")
     report: dict[str, Any] = {"dtype": args.dtype}
-    if args.dtype == "fp32":
+    if direct:
         print(f"{'component':16} error against diffusers and transformers")
     else:
         print(f"{'component':16} {'ours':>9} {'theirs':>9}  errors against this engine in float32")
@@ -156,7 +162,7 @@ def main() -> None:
             print(
                 f"{name:16} differs by at most {report[name]['most']} levels, in {report[name]['share']:.2%} of values"
             )
-        elif args.dtype == "fp32":
+        elif direct:
             report[name] = relative_error(value, other[name])
             print(f"{name:16} {report[name]:.1e}")
         else:
