@@ -29,6 +29,8 @@ from mmdit.config import MMDiTConfig
 class MMDiT(nn.Module):
     """Predicts the velocity of the flow, d latent / d sigma, from a noisy latent and its text."""
 
+    pos_embed: Tensor
+
     def __init__(self, config: MMDiTConfig) -> None:
         super().__init__()
         self.config = config
@@ -242,7 +244,7 @@ class TimestepEmbedder(Embedder):
         )
         angles = timestep.float()[:, None] * frequencies  # (B, 128)
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, 256)
-        return self.mlp(waves.to(self.mlp[0].weight.dtype))
+        return self.mlp(waves.to(next(self.mlp.parameters()).dtype))
 
 
 class LayerNorm(nn.LayerNorm):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +13,6 @@ from torch import Tensor, nn
 from text_encoders.clip import CLIPTextEncoder
 from text_encoders.t5 import T5Encoder
 from text_encoders.tokenizers import CLIPTokenizer, T5Tokenizer, TokenizerError, Tokens
-
-T5Mode = Literal["on", "off", "omit"]
 
 
 def print_warning(line: str) -> None:
@@ -45,7 +42,7 @@ class TextEncoder:
     clip_l: CLIPTextEncoder
     clip_g: CLIPTextEncoder
     t5: T5Encoder | None
-    t5_mode: T5Mode = "on"  # "off": zeros in place of T5's tokens (diffusers); "omit": no tokens (ComfyUI)
+    t5_mode: str = "on"  # "off": zeros in place of T5's tokens (diffusers); "omit": no tokens (ComfyUI)
     t5_length: int = 256  # T5's tokens, or its zeros
     width: int = 4096  # W, the transformer's context width
     warn: Callable[[str], None] = print_warning  # gets one line for every end of a prompt that was cut off

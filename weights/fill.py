@@ -19,7 +19,7 @@ def fill(
     component: Component,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Module:
     """Fill a module built under `torch.device("meta")`; returns it frozen (no gradients) and in eval mode.
 

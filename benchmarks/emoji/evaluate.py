@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import torch
@@ -112,7 +113,7 @@ def main() -> None:
     image = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1.0
     quality = reconstruction_db(Pipeline.load(args.model, t5="off", dtype="fp32").vae, image)
 
-    report = {"reconstruction_db": round(quality, 2), "judge": judge_itself(1000, args.seed)}
+    report: dict[str, Any] = {"reconstruction_db": round(quality, 2), "judge": judge_itself(1000, args.seed)}
     print(f"reconstruction of 200 scenes: {quality:.2f} dB (target 28)")
     print(f"the judge is right about {100 * report['judge']:.1f} % of 1000 rendered scenes")
     print(f"{'':16} {'rate':>7}  {'95 % interval':>15}  {'n':>5}  target")

@@ -120,7 +120,7 @@ def glyph(noun: str, side: int) -> np.ndarray:
     canvas = Image.new("RGBA", (160, 160), (0, 0, 0, 0))
     ImageDraw.Draw(canvas).text((8, 8), NOUNS[noun].rstrip("\ufe0f"), font=font, embedded_color=True)
     ink = canvas.crop(canvas.getbbox())
-    square = Image.new("RGBA", (max(ink.size),) * 2, (0, 0, 0, 0))
+    square = Image.new("RGBA", (max(ink.size), max(ink.size)), (0, 0, 0, 0))
     square.paste(ink, ((square.width - ink.width) // 2, (square.height - ink.height) // 2))
     # Resampled with premultiplied alpha, or dark fringes of transparent pixels would bleed in.
     return np.asarray(square.convert("RGBa").resize((side, side), Image.Resampling.LANCZOS).convert("RGBA"), np.float32)
