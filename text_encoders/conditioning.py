@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,10 +13,6 @@ from torch import Tensor, nn
 from text_encoders.clip import CLIPTextEncoder
 from text_encoders.t5 import T5Encoder
 from text_encoders.tokenizers import CLIPTokenizer, T5Tokenizer, TokenizerError, Tokens
-
-
-def print_warning(line: str) -> None:
-    print(f"warning: {line}", file=sys.stderr)
 
 
 @dataclass
@@ -45,7 +41,7 @@ class TextEncoder:
     t5_mode: str = "on"  # "off": zeros in place of T5's tokens (diffusers); "omit": no tokens (ComfyUI)
     t5_length: int = 256  # T5's tokens, or its zeros
     width: int = 4096  # W, the transformer's context width
-    warn: Callable[[str], None] = print_warning  # gets one line for every end of a prompt that was cut off
+    warn: Callable[[str], object] = warnings.warn  # gets one line for every end of a prompt that was cut off
 
     def encode(self, texts: list[str]) -> Conditioning:
         """Encode prompts, each module on its device and in its dtype.
@@ -115,7 +111,7 @@ def on_device_of(module: nn.Module, ids: Tensor) -> Tensor:
     return ids.to(next(module.parameters()).device)
 
 
-def warn_of_cuts(batches: dict[str, Tokens], warn: Callable[[str], None]) -> None:
+def warn_of_cuts(batches: dict[str, Tokens], warn: Callable[[str], object]) -> None:
     """One line for every end of a prompt that was cut off, naming all the encoders that lost this end."""
     names = {"clip_l": "CLIP-L", "clip_g": "CLIP-G", "t5": "T5"}
     for i in range(len(batches["clip_l"].lost)):

@@ -4,7 +4,7 @@ The glyphs are those of Noto Color Emoji (Debian package fonts-noto-color-emoji,
 A scene is a pure function of its fields, so a picture can be rendered again for comparison.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from random import Random
@@ -124,7 +124,3 @@ def glyph(noun: str, side: int) -> np.ndarray:
     square.paste(ink, ((square.width - ink.width) // 2, (square.height - ink.height) // 2))
     # Resampled with premultiplied alpha, or dark fringes of transparent pixels would bleed in.
     return np.asarray(square.convert("RGBa").resize((side, side), Image.Resampling.LANCZOS).convert("RGBA"), np.float32)
-
-
-def without_colour(scene: Scene) -> Scene:
-    return replace(scene, named_colour=False)
