@@ -72,8 +72,8 @@ _INDEX = {noun: i for i, noun in enumerate(NOUNS)}
 
 
 def random_scene(rng: Random, subjects: int | None = None, unseen: bool = False) -> Scene:
-    """Draw a scene. `subjects` 1 or 2 (default: two in three scenes are pairs); `unseen` draws held-out pairs only."""
-    count = subjects or (1 if rng.random() < 1 / 3 else 2)
+    """Draw a scene. `subjects` 1 or 2 (default: half of the scenes are pairs); `unseen` draws held-out pairs only."""
+    count = subjects or (1 if rng.random() < 1 / 2 else 2)
     names = list(NOUNS)
     nouns = tuple(rng.sample(names, count))
     while count == 2 and held_out(*nouns) != unseen:
