@@ -9,6 +9,7 @@ from torch import nn
 from tqdm import tqdm
 
 from mmdit.config import MMDiTConfig
+from mmdit.defaults import default_settings
 from mmdit.model import MMDiT
 from mmdit.settings import Settings, SettingsError, check_defaults
 from text_encoders import (
@@ -22,9 +23,12 @@ from text_encoders import (
     TokenizerError,
 )
 from vae import Autoencoder, VAEConfig
-from weights import Checkpoint, CheckpointError, Component, fill, open_checkpoint
+from weights import Checkpoint, CheckpointError, Component, fill, hub, open_checkpoint
 
 DEMO = Path(__file__).parent.parent / "weights" / "demo"
+
+# The setting that names a separate file for a component.
+SEPARATE = {"clip_l": "clip_l", "clip_g": "clip_g", "t5": "t5xxl", "vae": "vae"}
 
 
 class Parts(NamedTuple):
@@ -45,21 +49,26 @@ def load_parts(settings: Settings) -> Parts:
     TokenizerError.
     """
     device, dtype = device_of(settings), dtype_of(settings)
-    checkpoint = open_checkpoint(settings.model or DEMO)
-    defaults = check_defaults(checkpoint.defaults, str(checkpoint.path / "mmdit.json"))
-    settings.resolved(defaults)
+    settings.resolved({})  # mistakes first: a model may have to be fetched
     wanted = [name for name in PARTS if name != "t5" or settings.t5 == "on"]
+    checkpoint = open_model(settings, wanted)
+    components = {"transformer": checkpoint.component("transformer")}
+    empty = {"transformer": build(components["transformer"])}
+    defaults = default_settings(empty["transformer"].config)
+    defaults |= check_defaults(checkpoint.defaults, str(checkpoint.path / "mmdit.json"))
+    settings.resolved(defaults)
     for name in wanted:
         if not checkpoint.has(name):
-            hint = "; --t5 off or --t5 omit runs without it" if name == "t5" else ""
-            raise CheckpointError(f"{checkpoint.path}: has no {name}, which a picture needs{hint}")
+            hint = " or --t5 off or --t5 omit runs without it" if name == "t5" else ""
+            option = f"--{SEPARATE[name].replace('_', '-')} FILE brings one"
+            raise CheckpointError(f"{checkpoint.path}: has no {name}, which a picture needs; {option}{hint}")
     shift = (checkpoint.scheduler or {}).get("shift", 3.0)
     if isinstance(shift, bool) or not isinstance(shift, int | float) or not 0 < shift < math.inf:
         raise CheckpointError(f"{checkpoint.path}: scheduler: shift is {shift!r}: expected a number above 0")
     tokenizers = load_tokenizers(settings, checkpoint)
-    components = {name: checkpoint.component(name) for name in wanted}
-    empty = {name: build(component) for name, component in components.items()}
-    check_together(checkpoint, empty)
+    components |= {name: checkpoint.component(name) for name in wanted}
+    empty |= {name: build(components[name]) for name in wanted if name != "transformer"}
+    check_together(components, empty)
     size = sum(p.numel() * part_dtype(n, dtype).itemsize for n in wanted for p in empty[n].state_dict().values())
     with tqdm(total=size, desc="load", unit="B", unit_scale=True, disable=None, leave=False) as bar:
         full = {n: fill(empty[n], components[n], part_dtype(n, dtype), device, bar.update) for n in wanted}
@@ -96,31 +105,49 @@ def build(component: Component) -> Any:
         raise CheckpointError(f"{component.path}: {component.name}: sizes without sense: {error}") from None
 
 
-def check_together(checkpoint: Checkpoint, parts: dict[str, Any]) -> None:
+def open_model(settings: Settings, wanted: list[str]) -> Checkpoint:
+    """The model of the settings, fetched where it is one of the hub, with the separate files in their places."""
+    separate = {part: Path(getattr(settings, name)) for part, name in SEPARATE.items() if getattr(settings, name)}
+    path = settings.model or DEMO
+    if isinstance(path, str) and hub.is_id(path):
+        tokenizers = () if settings.tokenizers else tokenizer_folders(settings)
+        path = hub.fetch(path, [name for name in wanted if name not in separate], tokenizers)
+    return open_checkpoint(path, separate)
+
+
+def check_together(components: dict[str, Component], parts: dict[str, Any]) -> None:
     """Raise CheckpointError where parts, each whole by itself, are of different models."""
     config = {name: part.config for name, part in parts.items()}
-    transformer, clips = config["transformer"], (config["clip_l"], config["clip_g"])
+    transformer, vae, clips = config["transformer"], config["vae"], (config["clip_l"], config["clip_g"])
     pooled = sum(clip.projection_dim or clip.hidden_size for clip in clips)
     context = sum(clip.hidden_size for clip in clips)
     wanted = [
         (pooled == transformer.pooled_size, f"pooled vectors of {pooled}, expected {transformer.pooled_size}"),
         (context <= transformer.context_size, f"CLIP contexts of {context}, at most {transformer.context_size} fit"),
-        (config["vae"].latent_channels == transformer.in_channels, "latents of different channels"),
-    ]
+        (vae.latent_channels == transformer.in_channels,
+         f"latents of {vae.latent_channels} channels, expected {transformer.in_channels}"),
+    ]  # fmt: skip
     if "t5" in config:
         width = config["t5"].d_model
         wanted.append((width == transformer.context_size, f"T5 of {width}, expected {transformer.context_size}"))
     wrong = [what for fits, what in wanted if not fits]
     if wrong:
-        raise CheckpointError(f"{checkpoint.path}: parts of different models: {'; '.join(wrong)}")
+        files = ", ".join(dict.fromkeys(str(components[name].path) for name in config))
+        raise CheckpointError(f"parts of different models: {'; '.join(wrong)}: {files}")
+
+
+def tokenizer_folders(settings: Settings) -> tuple[str, ...]:
+    return ("tokenizer", "tokenizer_2", "tokenizer_3")[: 3 if settings.t5 == "on" else 2]
 
 
 def load_tokenizers(settings: Settings, checkpoint: Checkpoint) -> dict[str, Any]:
-    folder = Path(settings.tokenizers).expanduser() if settings.tokenizers else checkpoint.tokenizers
+    """Those of --tokenizers, else of the model's folder, else of a Stable Diffusion 3 in the hub's cache."""
+    given = Path(settings.tokenizers).expanduser() if settings.tokenizers else None
+    folder = given or checkpoint.tokenizers or hub.cached_tokenizers(tokenizer_folders(settings))
     if folder is None:
         raise TokenizerError(
             f"{checkpoint.path}: has no tokenizers: --tokenizers FOLDER names a folder with tokenizer/, "
-            "tokenizer_2/ and tokenizer_3/"
+            "tokenizer_2/ and tokenizer_3/, as every diffusers folder of Stable Diffusion 3 has them"
         )
     return {
         "tokenizer_l": CLIPTokenizer.load(folder / "tokenizer"),

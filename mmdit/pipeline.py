@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mmdit.loading import Parts, load_parts
-from mmdit.settings import Settings, SettingsError, check_size, settings_from
+from mmdit.settings import LOADED, Settings, SettingsError, check_size, settings_from
 from samplers import Step, classifier_free_guidance, euler, shifted_sigmas
 from text_encoders import Conditioning, TokenizerError
 from weights import CheckpointError
@@ -46,7 +46,7 @@ class Pipeline:
     """A loaded model, ready to draw. Build one with `Pipeline.load`."""
 
     def __init__(self, parts: Parts, settings: Settings) -> None:
-        """settings: those that loading fixed are read from it (model, tokenizers, t5, dtype, device)."""
+        """settings: those that loading fixed, LOADED, are read from it."""
         self.transformer, self.text, self.vae, self.defaults, self.shift = parts
         self.settings = settings
         weight = self.transformer.context_embedder.weight
@@ -54,12 +54,13 @@ class Pipeline:
 
     @classmethod
     def load(cls, model: str | Path | None = None, **keywords: Any) -> "Pipeline":
-        """Load a diffusers folder or a single file, or without an argument the demo model.
+        """Load a diffusers folder, a single file or a model of the hub, or without an argument the demo model.
 
-        keywords: `tokenizers`, `device`, `dtype`, `t5`, as in Settings; without T5 its weights are not opened.
-        Raises one of USER_ERRORS, each a ValueError with a one-line message.
+        keywords: `clip_l`, `clip_g`, `t5xxl`, `vae`, `tokenizers`, `device`, `dtype`, `t5`, as in Settings; without
+        T5 its weights are not opened. Raises one of USER_ERRORS, each a ValueError with a one-line message.
         """
-        return cls.from_settings(settings_from({"model": model and str(model), **keywords}, Settings()))
+        given = {name: str(v) if isinstance(v, Path) else v for name, v in {"model": model, **keywords}.items()}
+        return cls.from_settings(settings_from(given, Settings()))
 
     @classmethod
     def from_settings(cls, settings: Settings) -> "Pipeline":
@@ -104,7 +105,7 @@ class Pipeline:
 
     def check(self, settings: Settings) -> Settings:
         """The settings with defaults filled in; raises SettingsError for what this model cannot do."""
-        for name in ("model", "tokenizers", "t5", "dtype", "device"):
+        for name in LOADED:
             if getattr(settings, name) not in (getattr(self.settings, name), self.actual.get(name)):
                 raise SettingsError(f"{name} is fixed when the model is loaded: give it to Pipeline.load")
         settings = settings.resolved(self.defaults)

@@ -21,8 +21,13 @@ class Settings:
     prompt: str = _setting("", "what to draw")
     negative: str = _setting("", "what to steer away from", metavar="TEXT")
     model: str | None = _setting(
-        None, "diffusers folder or single .safetensors file (default: the demo model)", metavar="FOLDER|FILE"
-    )
+        None, "diffusers folder, .safetensors or .gguf file, or Hugging Face id (default: the demo model)",
+        metavar="FOLDER|FILE|ID",
+    )  # fmt: skip
+    clip_l: str | None = _setting(None, "CLIP-L from this file, not the model's", metavar="FILE")
+    clip_g: str | None = _setting(None, "CLIP-G from this file, not the model's", metavar="FILE")
+    t5xxl: str | None = _setting(None, "T5 from this file, not the model's", metavar="FILE")
+    vae: str | None = _setting(None, "autoencoder from this file, not the model's", metavar="FILE")
     tokenizers: str | None = _setting(
         None, "folder with tokenizer/, tokenizer_2/, tokenizer_3/, for a single file", metavar="FOLDER"
     )
@@ -82,6 +87,9 @@ class Settings:
 def whole(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
+
+# What was given to loading and cannot change between two pictures.
+LOADED = ("model", "clip_l", "clip_g", "t5xxl", "vae", "tokenizers", "t5", "dtype", "device")
 
 SD35_MEDIUM_DEFAULTS: dict[str, Any] = {
     "width": 1024,

@@ -33,7 +33,11 @@ DEFAULTS = {"width": 64, "height": 48, "steps": 2, "cfg": 4.5, "t5_length": 40}
 OPTIONS = """\
 prompt None what
 --negative '' TEXT
---model None FOLDER|FILE
+--model None FOLDER|FILE|ID
+--clip-l None FILE
+--clip-g None FILE
+--t5xxl None FILE
+--vae None FILE
 --tokenizers None FOLDER
 --width None W
 --height None H
@@ -274,8 +278,9 @@ def test_where_nothing_can_be_written(desk: Desk) -> None:
     assert file.read_text() == "kept"
 
 
-def test_broken_single_files(desk: Desk) -> None:
+def test_broken_single_files(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each kind of file that is no model is named for what it is."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(desk.folder))
     whole, bad = desk.single.read_bytes(), desk.folder / "bad.safetensors"
     for content, message in (
         (whole[:-1], "truncated"), (whole[:100], "truncated"), (b"", "not a safetensors file"),
