@@ -125,7 +125,10 @@ def test_broken_headers(toys: Path, tmp_path: Path) -> None:
         ("double_blocks.0.img_attn.qkv.weight", "a FLUX model"),
         ("model.diffusion_model.input_blocks.0.0.weight", "SD1, SD2 or SDXL"),
         ("transformer.x.lora_A.weight", "an adapter"),
-        ("text_model.encoder.layers.0.self_attn.q_proj.weight", "a CLIP text encoder alone; give a file or folder with the transformer"),
+        (
+            "text_model.encoder.layers.0.self_attn.q_proj.weight",
+            "a CLIP text encoder alone; give a file or folder with the transformer",
+        ),
         ("something.else", "no model that is known (its first tensor is something.else)"),
     ],
 )
