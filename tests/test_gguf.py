@@ -18,9 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import PARTS, Tensors, check_tensors, joined, toy_parts, write
 from manifests import golden, manifest
+from safetensors.torch import load_file
 from torch import Tensor
 
+from benchmarks.emoji.tokenizers import write_tokenizers
 from benchmarks.published import PREFIXES
+from benchmarks.random_checkpoint import write_checkpoint
+from mmdit import Pipeline
 from mmdit.loading import build
 from weights import CheckpointError, fill, open_checkpoint
 from weights.gguf import GGUFFile
@@ -240,6 +244,19 @@ def test_published_t5_names(toy: dict[str, Tensors], tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "t5", mixed(tensors, Type.F32))
     base = write(tmp_path / "base", toy["transformer"])
     assert set(open_checkpoint(base, {"t5": file}).component("t5").shapes) == set(golden()["t5"])
+
+
+def test_a_picture_from_gguf_is_the_same_picture(tmp_path: Path) -> None:
+    """Everything in one GGUF file, float32, against the folder of the same weights: every pixel."""
+    write_tokenizers(tmp_path / "words", captions=500)
+    sizes = {"clip_vocab": 1024, "t5_vocab": 512}
+    folder = write_checkpoint(tmp_path / "folder", tokenizers=tmp_path / "words", **sizes)
+    single = write_checkpoint(tmp_path / "single", layout="single-file", **sizes)
+    file = write_gguf(tmp_path / "file", mixed(load_file(single), Type.F32, Type.F32))
+    size = {"width": 64, "height": 64, "steps": 2, "cfg": 4.5}
+    load = {"tokenizers": tmp_path / "words", "dtype": "fp32", "device": "cpu"}
+    first, second = (Pipeline.load(model, **load)("a horse", **size)[0] for model in (folder, file))
+    assert first.tobytes() == second.tobytes()
 
 
 # ---- what is wrong -------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ class Component:
             if info.file not in self._files:
                 self._files[info.file] = open_file(info.file)
             return self._files[info.file].get_tensor(info.key)
-        except (OSError, RuntimeError, SafetensorError) as error:
+        except (OSError, RuntimeError, KeyError, SafetensorError) as error:
             raise CheckpointError(f"{info.file}: {info.key} cannot be read: {error}") from error
 
 

@@ -49,14 +49,14 @@ def with_scales(tensors: Mapping[str, TensorInfo], declared: Mapping[str, Any]) 
     """
     weights: dict[str, TensorInfo] = {}
     scales: dict[str, TensorInfo] = {}
-    notes = dict(declared)
+    notes, readers = dict(declared), {}
     for key, info in tensors.items():
         layer, _, leaf = key.rpartition(".")
         if leaf in _SCALES:
             _check_scale(info, twice=layer in scales)
             scales[layer] = info
         elif leaf == "comfy_quant":
-            notes[layer] = _read_note(info)
+            notes[layer] = _read_note(info, readers)
         elif leaf not in _NOT_NEEDED:
             if _UNKNOWN.search(leaf):
                 raise CheckpointError(f"{info.file}: {info.key}: weights quantised in a way that is not known: {_USE}")
@@ -118,11 +118,14 @@ def _check_scale(info: TensorInfo, twice: bool) -> None:
         raise CheckpointError(f"{info.file}: {info.key} is {info.dtype}; a scale must be F32, F16 or BF16")
 
 
-def _read_note(info: TensorInfo) -> Any:
+def _read_note(info: TensorInfo, readers: dict[Path, Any]) -> Any:
+    """What a `comfy_quant` says; readers: files that are open already, as a model has hundreds of notes."""
     if info.dtype != "U8" or len(info.shape) != 1 or info.shape[0] > _LONGEST_NOTE:
         raise CheckpointError(f"{info.file}: {info.key} is {info.dtype} {list(info.shape)}: expected a few U8 bytes")
     try:
-        return json.loads(bytes(open_file(info.file).get_tensor(info.key).tolist()))
+        if info.file not in readers:
+            readers[info.file] = open_file(info.file)
+        return json.loads(bytes(readers[info.file].get_tensor(info.key).tolist()))
     except Exception as error:  # safetensors' own error, OSError, and what JSON raises have no common class
         raise CheckpointError(f"{info.file}: {info.key}: not JSON: {error}") from None
 
