@@ -9,6 +9,7 @@ from torch import nn
 from tqdm import tqdm
 
 from mmdit.config import MMDiTConfig
+from mmdit.defaults import default_settings
 from mmdit.model import MMDiT
 from mmdit.settings import Settings, SettingsError, check_defaults, check_size, user_path
 from text_encoders import (
@@ -22,10 +23,13 @@ from text_encoders import (
     TokenizerError,
 )
 from vae import Autoencoder, VAEConfig
-from weights import Checkpoint, CheckpointError, Component, fill, open_checkpoint
+from weights import Checkpoint, CheckpointError, Component, fill, hub, open_checkpoint
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DEMO = Path(__file__).parent.parent / "weights" / "demo"
+
+# The setting that names a separate file for a component.
+SEPARATE = {"clip_l": "clip_l", "clip_g": "clip_g", "t5": "t5xxl", "vae": "vae"}
 
 
 class Parts(NamedTuple):
@@ -48,19 +52,24 @@ def load_parts(settings: Settings) -> Parts:
     TokenizerError.
     """
     device, dtype = device_of(settings), dtype_of(settings)
-    checkpoint = open_checkpoint(DEMO if settings.model is None else settings.model)
-    defaults = check_defaults(checkpoint.defaults, str(checkpoint.path / "mmdit.json"))
-    settings.resolved(defaults)
+    settings.resolved({})  # mistakes first: a model may have to be fetched
     wanted = [name for name in PARTS if name != "t5" or settings.t5 == "on"]
+    checkpoint = open_model(settings, wanted)
+    components = {"transformer": checkpoint.component("transformer")}
+    empty = {"transformer": build(components["transformer"])}
+    defaults = default_settings(empty["transformer"].config)
+    defaults |= check_defaults(checkpoint.defaults, str(checkpoint.path / "mmdit.json"))
+    settings.resolved(defaults)
     for name in wanted:
         if not checkpoint.has(name):
-            hint = "--t5 off or --t5 omit runs without it" if name == "t5" else "give a folder or file that has it"
-            raise CheckpointError(f"{checkpoint.path}: has no {name}, which a picture needs; {hint}")
+            hint = " or --t5 off or --t5 omit runs without it" if name == "t5" else ""
+            option = f"--{SEPARATE[name].replace('_', '-')} FILE brings one"
+            raise CheckpointError(f"{checkpoint.path}: has no {name}, which a picture needs; {option}{hint}")
     shift = shift_of(checkpoint)
     tokenizers = load_tokenizers(settings, checkpoint)
-    components = {name: checkpoint.component(name) for name in wanted}
-    empty = {name: build(component) for name, component in components.items()}
-    check_together(checkpoint, empty)
+    components |= {name: checkpoint.component(name) for name in wanted}
+    empty |= {name: build(components[name]) for name in wanted if name != "transformer"}
+    check_together(components, empty)
     check_size(settings, empty["transformer"].config, empty["vae"].config.downscale)
     size = sum(p.numel() * part_dtype(n, dtype).itemsize for n in wanted for p in empty[n].state_dict().values())
     with tqdm(total=size, desc="load", unit="B", unit_scale=True, disable=None, leave=False) as bar:
@@ -110,7 +119,18 @@ def shift_of(checkpoint: Checkpoint) -> float:
     return shift
 
 
-def check_together(checkpoint: Checkpoint, parts: dict[str, Any]) -> None:
+def open_model(settings: Settings, wanted: list[str]) -> Checkpoint:
+    """The model of the settings, fetched where it is one of the hub, with the separate files in their places."""
+    given = {part: (name, getattr(settings, name)) for part, name in SEPARATE.items()}
+    separate = {part: user_path(name, text) for part, (name, text) in given.items() if text is not None}
+    path = DEMO if settings.model is None else settings.model
+    if isinstance(path, str) and hub.is_id(path):
+        tokenizers = () if settings.tokenizers is not None else tokenizer_folders(settings)
+        path = hub.fetch(path, [name for name in wanted if name not in separate], tokenizers)
+    return open_checkpoint(path, separate)
+
+
+def check_together(components: dict[str, Component], parts: dict[str, Any]) -> None:
     """Raise CheckpointError where parts, each whole by itself, are of different models."""
     config = {name: part.config for name, part in parts.items()}
     transformer, clips = config["transformer"], (config["clip_l"], config["clip_g"])
@@ -126,15 +146,22 @@ def check_together(checkpoint: Checkpoint, parts: dict[str, Any]) -> None:
         wanted.append((width == transformer.context_size, f"T5 of {width}, expected {transformer.context_size}"))
     wrong = [what for fits, what in wanted if not fits]
     if wrong:
-        raise CheckpointError(f"{checkpoint.path}: parts of different models: {'; '.join(wrong)}")
+        files = ", ".join(dict.fromkeys(str(components[name].path) for name in config))
+        raise CheckpointError(f"parts of different models: {'; '.join(wrong)}: {files}")
+
+
+def tokenizer_folders(settings: Settings) -> tuple[str, ...]:
+    return ("tokenizer", "tokenizer_2", "tokenizer_3")[: 3 if settings.t5 == "on" else 2]
 
 
 def load_tokenizers(settings: Settings, checkpoint: Checkpoint) -> dict[str, Any]:
-    folder = checkpoint.tokenizers if settings.tokenizers is None else user_path("tokenizers", settings.tokenizers)
+    """Those of --tokenizers, else of the model's folder, else of a Stable Diffusion 3 in the hub's cache."""
+    given = None if settings.tokenizers is None else user_path("tokenizers", settings.tokenizers)
+    folder = given or checkpoint.tokenizers or hub.cached_tokenizers(tokenizer_folders(settings))
     if folder is None:
         raise TokenizerError(
             f"{checkpoint.path}: has no tokenizers: --tokenizers FOLDER names a folder with tokenizer/, "
-            "tokenizer_2/ and tokenizer_3/"
+            "tokenizer_2/ and tokenizer_3/, as every diffusers folder of Stable Diffusion 3 has them"
         )
     return {
         "tokenizer_l": CLIPTokenizer.load(folder / "tokenizer"),

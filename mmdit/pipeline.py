@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mmdit.loading import DTYPES, Parts, load_parts
-from mmdit.settings import Settings, SettingsError, check_size, settings_from
+from mmdit.settings import LOADED, Settings, SettingsError, check_size, settings_from
 from samplers import Step, classifier_free_guidance, euler, shifted_sigmas
 from samplers.guidance import Velocity
 from text_encoders import Conditioning, TokenizerError
@@ -49,19 +49,20 @@ class Pipeline:
     """A loaded model, ready to draw. Build one with `Pipeline.load`."""
 
     def __init__(self, parts: Parts, settings: Settings) -> None:
-        """settings: what loading fixed is read from it (model, tokenizers, t5, dtype, device)."""
+        """settings: what loading fixed is read from it (`LOADED`)."""
         self.transformer, self.text, self.vae = parts.transformer, parts.text, parts.vae
         self.defaults, self.shift, self.device, self.dtype = parts.defaults, parts.shift, parts.device, parts.dtype
         self.settings = settings
 
     @classmethod
     def load(cls, model: str | Path | None = None, **keywords: Any) -> "Pipeline":
-        """Load a diffusers folder or a single file, or without an argument the demo model.
+        """Load a diffusers folder, a single file or a model of the hub, or without an argument the demo model.
 
-        keywords: `tokenizers`, `device`, `dtype`, `t5`, as in Settings; without T5 its weights are not opened.
-        Raises one of USER_ERRORS, each a ValueError with a one-line message.
+        keywords: `clip_l`, `clip_g`, `t5xxl`, `vae`, `tokenizers`, `device`, `dtype`, `t5`, as in Settings; without
+        T5 its weights are not opened. Raises one of USER_ERRORS, each a ValueError with a one-line message.
         """
-        return cls.from_settings(settings_from({"model": None if model is None else str(model), **keywords}))
+        given = {name: str(v) if isinstance(v, Path) else v for name, v in {"model": model, **keywords}.items()}
+        return cls.from_settings(settings_from(given))
 
     @classmethod
     def from_settings(cls, settings: Settings) -> "Pipeline":
@@ -116,7 +117,7 @@ class Pipeline:
     def check(self, settings: Settings) -> Settings:
         """The settings with defaults filled in; raises SettingsError for what this model cannot do."""
         actual = {"device": self.device.type, "dtype": self.dtype_name}  # what "auto" came to
-        for name in ("model", "tokenizers", "t5", "dtype", "device"):
+        for name in LOADED:
             value, fixed = getattr(settings, name), getattr(self.settings, name)
             if value != fixed and value != actual.get(name, fixed):
                 raise SettingsError(f"{name} is fixed when the model is loaded: give it to Pipeline.load")

@@ -24,8 +24,13 @@ class Settings:
     prompt: str = _setting("", "what to draw")
     negative: str = _setting("", "what to steer away from", metavar="TEXT")
     model: str | None = _setting(
-        None, "diffusers folder or single .safetensors file (default: the demo model)", metavar="FOLDER|FILE"
-    )
+        None, "diffusers folder, .safetensors or .gguf file, or Hugging Face id (default: the demo model)",
+        metavar="FOLDER|FILE|ID",
+    )  # fmt: skip
+    clip_l: str | None = _setting(None, "CLIP-L from this file, not the model's", metavar="FILE")
+    clip_g: str | None = _setting(None, "CLIP-G from this file, not the model's", metavar="FILE")
+    t5xxl: str | None = _setting(None, "T5 from this file, not the model's", metavar="FILE")
+    vae: str | None = _setting(None, "autoencoder from this file, not the model's", metavar="FILE")
     tokenizers: str | None = _setting(
         None, "folder with tokenizer/, tokenizer_2/, tokenizer_3/, for a single file", metavar="FOLDER"
     )
@@ -64,7 +69,8 @@ class Settings:
             value, choices = getattr(self, f.name), f.metadata.get("choices")
             if choices and value not in choices:
                 raise SettingsError(f"{f.name} is {value!r}: expected one of {', '.join(choices)}")
-        for name in ("prompt", "negative", "out", "model", "tokenizers", "dump"):
+        files = ("model", "clip_l", "clip_g", "t5xxl", "vae", "tokenizers", "dump")
+        for name in ("prompt", "negative", "out", *files):
             value = getattr(self, name)
             if not isinstance(value, str) and (value is not None or name in ("prompt", "negative", "out")):
                 raise SettingsError(f"{name} is {value!r}: expected text")
@@ -95,6 +101,9 @@ def user_path(name: str, text: str) -> Path:
 def whole(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
+
+# What was given to loading and cannot change between two pictures.
+LOADED = ("model", "clip_l", "clip_g", "t5xxl", "vae", "tokenizers", "t5", "dtype", "device")
 
 SD35_MEDIUM_DEFAULTS: dict[str, Any] = {
     "width": 1024,

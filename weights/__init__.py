@@ -1,13 +1,14 @@
-"""Weights: from published safetensors files straight into modules.
+"""Weights: from published files straight into modules.
 
     checkpoint = open_checkpoint("stable-diffusion-3.5-medium")   # folder or single file, headers only
     with torch.device("meta"):
         model = MMDiT(config)
     fill(model, checkpoint.component("transformer"), dtype=torch.bfloat16)
 
-`header` checks a file before it is trusted, `keymap` holds the names of the two published layouts as a table,
-`checkpoint` finds the networks in a folder or file, `component` reads their tensors, `fill` puts them into a
-module. The package knows names and shapes only: it imports none of the networks.
+`header` and `gguf` check a file before it is trusted, `kinds` tells what it is, `keymap` and `layouts` hold the names
+of the same tensors in different places as tables, `quantised` knows the scales of fp8. `checkpoint` puts these
+together, `component` reads the tensors, `fill` puts them into a module; `hub` fetches models. The package knows names
+and shapes only: it imports none of the networks.
 """
 
 from weights.checkpoint import Checkpoint, open_checkpoint

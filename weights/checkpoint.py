@@ -1,64 +1,33 @@
 """Opening checkpoints: which networks a diffusers folder or a single file holds, and under which names.
 
-Opening reads JSON and, for a single file, its header. The files of a folder's component are first touched
-when `Checkpoint.component` asks for it, so a 9 GB T5 that nobody uses costs nothing, and may even be broken.
+Opening reads JSON and, for a single file, its header. The files of a folder's component, and separate files, are first
+touched when `Checkpoint.component` asks for them, so a 9 GB T5 that nobody uses costs nothing, and may even be broken.
 """
 
 import os
-import re
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from weights.component import Component
 from weights.errors import CheckpointError
-from weights.header import TensorInfo, read_header, read_json
-from weights.keymap import TRANSFORMER, VAE, Entry, Table, to_native
+from weights.files import read_file
+from weights.header import Header, TensorInfo, read_json, read_safetensors
+from weights.kinds import COMPONENTS, WHAT, Network, described, networks, refuse_strangers, split
+from weights.layouts import is_ignored, native_entries
+from weights.quantised import declared_layers, with_scales
 
-# Component name: (folder of the diffusers layout, stem of its files, prefix inside a single file).
-# The transformer's prefix in a single file varies and is found by content.
-_PLACES = {
-    "transformer": ("transformer", "diffusion_pytorch_model", None),
-    "vae": ("vae", "diffusion_pytorch_model", "first_stage_model."),
-    "clip_l": ("text_encoder", "model", "text_encoders.clip_l.transformer."),
-    "clip_g": ("text_encoder_2", "model", "text_encoders.clip_g.transformer."),
-    "t5": ("text_encoder_3", "model", "text_encoders.t5xxl.transformer."),
+# Component name: (folder of the diffusers layout, stem of its files).
+PLACES = {
+    "transformer": ("transformer", "diffusion_pytorch_model"),
+    "vae": ("vae", "diffusion_pytorch_model"),
+    "clip_l": ("text_encoder", "model"),
+    "clip_g": ("text_encoder_2", "model"),
+    "t5": ("text_encoder_3", "model"),
 }
-_TABLES: dict[str, Table] = {"transformer": TRANSFORMER, "vae": VAE}
 _VARIANTS = ("", ".fp16", ".bf16")
-
-_NATIVE_MARK = "joint_blocks.0.context_block.attn.qkv.weight"
-
-# Attention weights of the VAE, which some tools store without the trailing ones of a 1x1 convolution.
-_MID_CONV = re.compile(r"(encoder|decoder)\.mid\.attn_1\.(q|k|v|proj_out)\.weight")
-
-# What trainers and other tools leave in files and no SD3 network reads (see ComfyUI's and
-# stable-diffusion.cpp's loaders, which skip the same names).
-_IGNORED_STARTS = ("model_ema.", "denoiser.sigmas", "loss.")
-_IGNORED_ENDS = ("logit_scale", "scaled_fp8", "embeddings.position_ids", "spiece_model")
-
-_OTHER_MODEL = "this engine runs Stable Diffusion 3 and 3.5 only"
-_ADAPTER = "an adapter (LoRA), not a checkpoint; give the model it was trained on"
-_ALONE = "alone; give a file or folder with the transformer"
-
-# What a file without an SD3 transformer turns out to be: (part of a key, what to tell the user).
-_STRANGERS = (
-    ("double_blocks.0.", f"a FLUX model; {_OTHER_MODEL}"),
-    ("single_transformer_blocks.0.", f"a FLUX model; {_OTHER_MODEL}"),
-    ("model.diffusion_model.input_blocks.", f"an SD1, SD2 or SDXL model; {_OTHER_MODEL}"),
-    ("controlnet_blocks.", "a ControlNet, not a checkpoint; give the model it belongs to"),
-    ("lora_A.", _ADAPTER),
-    ("lora_down.", _ADAPTER),
-    (
-        "transformer_blocks.0.attn.add_q_proj.weight",
-        "a diffusers transformer alone; give the whole folder, the one with model_index.json",
-    ),
-    ("encoder.layers.0.self_attn.", f"a CLIP text encoder {_ALONE}"),
-    ("encoder.block.0.layer.0.SelfAttention.", f"a T5 text encoder {_ALONE}"),
-    ("decoder.conv_in.", f"a VAE {_ALONE}"),
-)
 
 
 @dataclass(kw_only=True)
@@ -76,6 +45,7 @@ class Checkpoint:
     scheduler: dict[str, Any] | None = None
     defaults: dict[str, Any] = field(default_factory=dict)
     _open: Callable[[str], Component] = field(repr=False)
+    _parts: Mapping[str, Path] = field(default_factory=dict)  # separate files
     _opened: dict[str, Component] = field(default_factory=dict, repr=False)
 
     def has(self, name: str) -> bool:
@@ -87,31 +57,39 @@ class Checkpoint:
 
         CheckpointError if it is absent or its files cannot be used.
         """
-        if name not in _PLACES:
-            raise ValueError(f"no component {name!r}: one of {', '.join(_PLACES)}")
+        if name not in COMPONENTS:
+            raise ValueError(f"no component {name!r}: one of {', '.join(COMPONENTS)}")
         if name not in self.components:
             raise CheckpointError(f"{self.path}: has no {name} (has {', '.join(self.components) or 'nothing'})")
         if name not in self._opened:
-            self._opened[name] = self._open(name)
+            part = self._parts.get(name)
+            self._opened[name] = _open_part(part, name) if part else self._open(name)
         return self._opened[name]
 
     def config(self, name: str) -> dict[str, Any] | None:
-        """The component's config.json, or None (always None in a single file); reads no weights."""
-        config = self.path / _PLACES[name][0] / "config.json"
-        return read_json(config) if self.has(name) and self.path.is_dir() and config.exists() else None
+        """The component's config.json, or None (always None in single and separate files); reads no weights."""
+        config = self.path / PLACES[name][0] / "config.json"
+        own = self.has(name) and name not in self._parts and self.path.is_dir()
+        return read_json(config) if own and config.exists() else None
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Open a diffusers folder or a single safetensors file of Stable Diffusion 3 or 3.5.
+def open_checkpoint(path: str | os.PathLike[str], parts: Mapping[str, Path] | None = None) -> Checkpoint:
+    """Open a diffusers folder or a single safetensors or GGUF file of Stable Diffusion 3 or 3.5.
+
+    parts: {component: separate file}, each in the place of what the checkpoint itself brings; opened, and its content
+    checked, when `Checkpoint.component` asks for it.
 
     Reads no tensor. CheckpointError, naming what would be right, for anything else.
     """
     try:
         path = Path(path).expanduser()
+        parts = {name: Path(part).expanduser() for name, part in (parts or {}).items()}
         folder = path.is_dir()
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
-    return _open_folder(path) if folder else _open_single_file(path)
+    checkpoint = _open_folder(path) if folder else _open_single_file(path)
+    there = tuple(name for name in COMPONENTS if name in checkpoint.components or name in parts)
+    return replace(checkpoint, components=there, _parts=parts)
 
 
 # ---- diffusers folder ----------------------------------------------------------------------------
@@ -130,7 +108,7 @@ def _open_folder(path: Path) -> Checkpoint:
     defaults = path / "mmdit.json"
     return Checkpoint(
         path=path,
-        components=tuple(name for name in _PLACES if _listed(index, path, _PLACES[name][0])),
+        components=tuple(name for name in COMPONENTS if _listed(index, path, PLACES[name][0])),
         tokenizers=path if (path / "tokenizer").is_dir() else None,
         scheduler=read_json(scheduler) if scheduler.exists() else None,
         defaults=read_json(defaults) if defaults.exists() else {},
@@ -145,32 +123,44 @@ def _listed(index: dict[str, Any], path: Path, folder: str) -> bool:
 
 
 def _open_folder_component(path: Path, name: str) -> Component:
-    folder, stem, _ = _PLACES[name]
-    folder = path / folder
-    tensors = _folder_tensors(folder, stem)
+    folder, stem = path / PLACES[name][0], PLACES[name][1]
+    header = _folder_header(folder, stem)
     config = folder / "config.json"
-    return _component(name, folder, tensors, read_json(config) if config.exists() else None, diffusers=True)
+    return _component(
+        Network(name, "diffusers", ""), name, folder, header.tensors, header.metadata,
+        read_json(config) if config.exists() else None,
+    )  # fmt: skip
 
 
-def _folder_tensors(folder: Path, stem: str) -> dict[str, TensorInfo]:
-    """Headers of a component folder: `stem.safetensors`, else its index's shards; then fp16, bf16."""
+def weights_file(names: Collection[str], stem: str) -> str | None:
+    """Which of a component folder's files to open: whole or index; plain, else fp16, else bf16. None: none is there.
+
+    An index with a variant is spelled `stem.safetensors.index.fp16.json` or `stem.fp16.safetensors.index.json`.
+    """
     for variant in _VARIANTS:
-        whole = folder / f"{stem}{variant}.safetensors"
-        if whole.exists():
-            return read_header(whole)
-        index = folder / f"{stem}.safetensors.index{variant}.json"
-        if index.exists():
-            return _sharded(index)
-    pickles = sorted(p.name for p in folder.glob("*.bin"))
-    only = f" (only {pickles[0]}: pickles are never opened)" if pickles else ""
-    raise CheckpointError(f"{folder}: no {stem}.safetensors and no {stem}.safetensors.index.json{only}")
+        whole, index = f"{stem}{variant}.safetensors", f"{stem}.safetensors.index{variant}.json"
+        for name in (whole, index, f"{whole}.index.json"):
+            if name in names:
+                return name
+    return None
 
 
-def _sharded(index: Path) -> dict[str, TensorInfo]:
+def _folder_header(folder: Path, stem: str) -> Header:
+    names = sorted(file.name for file in folder.iterdir())
+    name = weights_file(names, stem)
+    if name is None:
+        pickles = [name for name in names if name.endswith(".bin")]
+        only = f" (only {pickles[0]}: pickles are never opened)" if pickles else ""
+        raise CheckpointError(f"{folder}: no {stem}.safetensors and no {stem}.safetensors.index.json{only}")
+    return _sharded(folder / name) if name.endswith(".json") else read_safetensors(folder / name)
+
+
+def _sharded(index: Path) -> Header:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f'{index}: expected "weight_map": {{tensor name: shard file name}}')
     shards: dict[str, dict[str, TensorInfo]] = {}
+    metadata: dict[str, Any] = {}
     for shard in dict.fromkeys(weight_map.values()):
         # A name that is a path could read any file of the machine; links stay allowed, download caches use
         # them.
@@ -178,81 +168,64 @@ def _sharded(index: Path) -> dict[str, TensorInfo]:
             raise CheckpointError(f"{index}: shard {shard!r} is not a plain file name beside the index")
         if not (index.parent / shard).exists():
             raise CheckpointError(f"{index}: lists the shard {shard}, which is missing")
-        shards[shard] = read_header(index.parent / shard)
+        shards[shard], more = read_safetensors(index.parent / shard)
+        metadata |= more
     for key, shard in weight_map.items():
         if key not in shards[shard]:
             raise CheckpointError(f"{index}: {key} should be in {shard} and is not")
-    return {key: shards[shard][key] for key, shard in weight_map.items()}
+    return Header({key: shards[shard][key] for key, shard in weight_map.items()}, metadata)
 
 
-# ---- single file ---------------------------------------------------------------------------------
+# ---- single and separate files -------------------------------------------------------------------
 
 
 def _open_single_file(path: Path) -> Checkpoint:
-    tensors = {key: info for key, info in read_header(path).items() if not _is_ignored(key)}
-    prefixes = {name: place[2] for name, place in _PLACES.items()} | {"transformer": _prefix(path, tensors)}
-    groups: dict[str, dict[str, TensorInfo]] = {}
-    strangers = []
-    # Longest prefix first: the transformer's may be empty and would take every key.
-    order = sorted(prefixes, key=lambda name: -len(prefixes[name] or ""))
-    for key, info in tensors.items():
-        owner = next((name for name in order if key.startswith(prefixes[name] or "")), None)
-        if owner is None:
-            strangers.append(key)
-        else:
-            groups.setdefault(owner, {})[key[len(prefixes[owner] or "") :]] = info
+    header, found = _open_file(path)
+    if "transformer" not in found:
+        what = described(found, header.tensors)
+        alone = f"{what} alone; give a file or folder with the transformer" if found else what
+        raise CheckpointError(f"{path}: {alone}")
+    groups, strangers = split(header.tensors, found)
     if strangers:
         warnings.warn(f"{path}: ignoring {len(strangers)} unknown tensors, the first is {strangers[0]}", stacklevel=3)
     return Checkpoint(
         path=path,
-        components=tuple(name for name in _PLACES if name in groups),
-        _open=lambda name: _component(name, path, groups[name], None, diffusers=False),
+        components=tuple(name for name in COMPONENTS if name in found),
+        _open=lambda name: _component(found[name], name, path, groups[name], header.metadata, None),
     )
 
 
-def _prefix(path: Path, tensors: Mapping[str, TensorInfo]) -> str:
-    """What stands before the transformer's native names; CheckpointError naming what the file is if none."""
-    found = [key.removesuffix(_NATIVE_MARK) for key in tensors if key.endswith(_NATIVE_MARK)]
-    if found:
-        return min(found, key=len)
-    what = next((text for mark, text in _STRANGERS if any(mark in key for key in tensors)), None)
-    raise CheckpointError(f"{path}: {what}" if what else f"{path}: no SD3 transformer: no key ends in {_NATIVE_MARK}")
+def _open_part(path: Path, name: str) -> Component:
+    """The component `name` out of a separate file, which may hold others too; refused where it is not in it."""
+    if path.is_dir():
+        raise CheckpointError(f"{path}: a folder; expected a file with {WHAT[name]}")
+    header, found = _open_file(path)
+    # The number of its layers tells a published CLIP; one of another size is taken at the user's word.
+    key = name if name in found or not name.startswith("clip") else "clip"
+    if key not in found:
+        raise CheckpointError(f"{path}: {described(found, header.tensors)}; expected {WHAT[name]}")
+    tensors = split(header.tensors, found)[0][key]
+    return _component(found[key], name, path, tensors, header.metadata, None)
+
+
+def _open_file(path: Path) -> tuple[Header, dict[str, Network]]:
+    header = read_file(path)
+    tensors = {key: info for key, info in header.tensors.items() if not is_ignored(key)}
+    refuse_strangers(path, tensors)
+    return Header(tensors, header.metadata), networks(tensors)
 
 
 # ---- both ----------------------------------------------------------------------------------------
 
 
-def _is_ignored(key: str) -> bool:
-    return key.startswith(_IGNORED_STARTS) or key.endswith(_IGNORED_ENDS)
-
-
 def _component(
-    name: str, path: Path, tensors: Mapping[str, TensorInfo], config: dict[str, Any] | None, diffusers: bool
+    network: Network,
+    name: str,
+    path: Path,
+    tensors: Mapping[str, TensorInfo],
+    metadata: Mapping[str, Any],
+    config: dict[str, Any] | None,
 ) -> Component:
-    keys = [key for key in tensors if not _is_ignored(key)]
-    if name in _TABLES and diffusers:
-        entries = to_native(keys, _TABLES[name])
-    elif name in _TABLES:
-        entries = {key: Entry((key,), "conv1x1" if _MID_CONV.fullmatch(key) else "copy") for key in keys}
-    elif name == "t5":
-        entries = _t5_entries(keys)
-    else:
-        entries = {_clip_name(key): Entry((key,), "copy") for key in keys}
-        if name == "clip_l" and not diffusers:
-            # Stability's code never applies CLIP-L's projection; files that have one come from other tools.
-            entries.pop("text_projection.weight", None)
-    return Component(name, path, tensors, entries, config)
-
-
-def _clip_name(key: str) -> str:
-    """transformers 5.6 dropped the `text_model.` of a CLIPTextModel; published files have it."""
-    return f"text_model.{key}" if key.startswith(("embeddings.", "encoder.", "final_layer_norm.")) else key
-
-
-def _t5_entries(keys: list[str]) -> dict[str, Entry]:
-    """The encoder's half of a T5; its embedding is stored as `shared`, `encoder.embed_tokens`, or both."""
-    shared, alias = "shared.weight", "encoder.embed_tokens.weight"
-    entries = {key: Entry((key,), "copy") for key in keys if not key.startswith(("decoder.", "lm_head."))}
-    if alias in entries:
-        entries.setdefault(shared, entries.pop(alias))
-    return entries
+    tensors = {key: info for key, info in tensors.items() if not is_ignored(key)}
+    weights = with_scales(tensors, declared_layers(path, metadata, network.prefix))
+    return Component(name, path, weights, native_entries(name, network.layout, weights), config)

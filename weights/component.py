@@ -5,13 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from weights.errors import CheckpointError
+from weights.files import open_file
 from weights.header import DTYPES, TensorInfo
 from weights.keymap import Entry, convert, converted_shape
+from weights.quantised import FP8, decode, decoded_dtype
 
-_FLOATS = ("F64", "F32", "F16", "BF16")
+_FLOATS = ("F64", "F32", "F16", "BF16", *FP8)
 
 
 class Component:
@@ -49,32 +51,40 @@ class Component:
     def read(self, name: str) -> torch.Tensor:
         """The tensor of this native name, on the CPU, in the dtype of the file.
 
-        It is a view of the mapped file unless the two layouts store it differently (then a new tensor): do
-        not write to it. KeyError for an unknown name; CheckpointError if the file went bad since it was
-        opened.
+        What a file stores as codes comes in a dtype that holds every decoded number: plain fp8 in float16, scaled
+        fp8 and GGUF's blocks in float32. It is a view of the mapped file unless it had to be decoded or the two
+        layouts store it differently (then a new tensor): do not write to it. KeyError for an unknown name;
+        CheckpointError if the file went bad since it was opened.
         """
         entry = self._entries[name]
         parts = [self._raw(self._tensors[source]) for source in entry.sources]
-        return convert(entry.op, parts)
+        return convert(entry.op, parts, entry.part)
 
     def _raw(self, info: TensorInfo) -> torch.Tensor:
+        stored = self._stored(info)
+        if info.dtype not in FP8:
+            return stored
+        return decode(info, stored, None if info.scale is None else self._stored(info.scale))
+
+    def _stored(self, info: TensorInfo) -> torch.Tensor:
         try:
             if info.file not in self._files:
-                self._files[info.file] = safe_open(str(info.file), framework="pt", device="cpu")
+                self._files[info.file] = open_file(info.file)
             return self._files[info.file].get_tensor(info.key)
-        except (OSError, RuntimeError, SafetensorError) as error:
+        except (OSError, RuntimeError, KeyError, SafetensorError) as error:
             raise CheckpointError(f"{info.file}: {info.key} cannot be read: {error}") from error
 
 
 def _common_dtype(infos: list[TensorInfo]) -> torch.dtype:
     for info in infos:
-        if info.dtype.startswith("F8_"):
-            what = f"fp8 weights ({info.key} is {info.dtype})"
-            raise CheckpointError(f"{info.file}: {what} are not supported yet: use an fp16 or bf16 file")
         if info.dtype not in _FLOATS:
             words = ", ".join(_FLOATS)
             raise CheckpointError(f"{info.file}: {info.key} is {info.dtype}; weights must be one of {words}")
-    dtype = DTYPES[infos[0].dtype]
+    dtype = _dtype(infos[0])
     for info in infos[1:]:
-        dtype = torch.promote_types(dtype, DTYPES[info.dtype])
+        dtype = torch.promote_types(dtype, _dtype(info))
     return dtype
+
+
+def _dtype(info: TensorInfo) -> torch.dtype:
+    return decoded_dtype(info) if info.dtype in FP8 else DTYPES[info.dtype]

@@ -39,6 +39,14 @@ class TensorInfo(NamedTuple):
     key: str
     dtype: str
     shape: tuple[int, ...]
+    scale: "TensorInfo | None" = None  # of an fp8 weight: the number that it is multiplied by
+
+
+class Header(NamedTuple):
+    """What a file says of itself before its tensors."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, Any]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -55,15 +63,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """{name: TensorInfo} of a safetensors file, reading only its header.
+    """{name: TensorInfo} of a safetensors file, as `read_safetensors`."""
+    return read_safetensors(path).tensors
+
+
+def read_safetensors(path: Path) -> Header:
+    """Tensors and metadata of a safetensors file, reading only its header.
 
     Raises CheckpointError for a file that is missing, truncated, or in another format. Pickles are refused
     by their first bytes and never opened.
     """
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such file")
-    if not path.is_file():
-        raise CheckpointError(f"{path}: not a regular file; expected a .safetensors file")
+    check_regular(path)
     try:
         with path.open("rb") as file:
             size = path.stat().st_size
@@ -77,6 +87,14 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return _parse(path, raw, size)
 
 
+def check_regular(path: Path) -> None:
+    """Raise CheckpointError where there is no file to read: opening a pipe, for one, would wait for ever."""
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file")
+    if not path.is_file():
+        raise CheckpointError(f"{path}: not a regular file; expected a .safetensors file")
+
+
 def _refuse_other_formats(path: Path, start: bytes, size: int) -> None:
     if start[8:] == b"{":
         return
@@ -84,7 +102,7 @@ def _refuse_other_formats(path: Path, start: bytes, size: int) -> None:
         raise CheckpointError(f"{path}: a pickle checkpoint (.ckpt/.pt/.bin); pickles are never opened, "
                               "because they can run code: use a .safetensors file")  # fmt: skip
     if start.startswith(b"GGUF"):
-        raise CheckpointError(f"{path}: a GGUF file; GGUF is not supported: use a .safetensors file")
+        raise CheckpointError(f"{path}: a GGUF file where a .safetensors file belongs")
     if start.startswith(b"version "):
         raise CheckpointError(f"{path}: a Git LFS pointer, not the weights: fetch the real file (git lfs pull)")
     if size < 8:
@@ -100,22 +118,22 @@ def _check_header_length(path: Path, length: int, size: int) -> None:
         raise CheckpointError(f"{path}: truncated: header alone promises {8 + length} bytes, file has {size}")
 
 
-def _parse(path: Path, raw: bytes, size: int) -> dict[str, TensorInfo]:
+def _parse(path: Path, raw: bytes, size: int) -> Header:
     try:
         header = json.loads(raw)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a safetensors file: the header is not JSON ({error})") from error
+    metadata = header.pop("__metadata__", None)  # free text, often broken in the wild: who needs a word checks it
     infos = {}
     end = 0
     for key, entry in header.items():
-        if key != "__metadata__":  # free text, often broken in the wild; nothing here needs it
-            infos[key], stop = _parse_entry(path, key, entry)
-            end = max(end, stop)
+        infos[key], stop = _parse_entry(path, key, entry)
+        end = max(end, stop)
     promised = 8 + len(raw) + end
     if size != promised:
         what = "truncated" if size < promised else "bytes after the last tensor"
         raise CheckpointError(f"{path}: {what}: header promises {promised} bytes, file has {size}")
-    return infos
+    return Header(infos, metadata if isinstance(metadata, dict) else {})
 
 
 def _parse_entry(path: Path, key: str, entry: Any) -> tuple[TensorInfo, int]:

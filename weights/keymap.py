@@ -11,6 +11,12 @@ diffusers to native:
                  the native ones (shift, scale)
     conv1x1      a linear weight [out, in] is a 1x1 convolution [out, in, 1, 1] natively; biases are the same
 
+Three more occur in files of other tools (see `layouts`), from theirs to native, and have no way back:
+
+    third        the part-th third of the rows: q, k or v of a projection stored as one
+    transpose    a matrix stored [in, out]
+    table        the position table [cells, D], whose leading one was dropped
+
 References: diffusers scripts/convert_sd3_to_diffusers.py and loaders/single_file_utils.py; Stability sd3.5
 mmditx.py.
 """
@@ -38,7 +44,7 @@ class Table(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """How to make one tensor: the names it comes from, the operation, and which third for split3 reversed."""
+    """How to make one tensor: the names it comes from, the operation, and which third for split3 reversed or third."""
 
     sources: tuple[str, ...]
     op: str
@@ -178,14 +184,18 @@ def to_diffusers(names: Iterable[str], table: Table) -> dict[str, Entry]:
     return result | {name: Entry((name,), "copy") for name in left}
 
 
-def convert(op: str, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Apply `op` from diffusers to native; copy and conv1x1 return views. The caller checks shapes."""
+def convert(op: str, tensors: Sequence[torch.Tensor], part: int = 0) -> torch.Tensor:
+    """Apply `op` to native; copy, conv1x1, table and third return views. The caller checks shapes."""
     if op == "split3":
         return torch.cat(list(tensors))
     (tensor,) = tensors
+    if op == "third":
+        return tensor.chunk(3)[part]
+    if op == "transpose":
+        return tensor.t().contiguous()
     if op == "swap_halves":
         return torch.cat(tensor.chunk(2)[::-1])
-    if op == "conv1x1":
+    if op in ("conv1x1", "table"):
         return tensor.reshape(converted_shape(op, [tuple(tensor.shape)]))
     return tensor
 
@@ -214,6 +224,16 @@ def converted_shape(op: str, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ..
         return (sum(s[0] for s in shapes), *first[1:])
     if op == "swap_halves" and (len(first) == 0 or first[0] % 2):
         raise ValueError(f"cannot halve the rows of {list(first)}")
+    if op == "third":
+        if len(first) == 0 or first[0] % 3:
+            raise ValueError(f"cannot cut the rows of {list(first)} in three")
+        return (first[0] // 3, *first[1:])
+    if op == "transpose":
+        if len(first) != 2:
+            raise ValueError(f"cannot transpose {list(first)}")
+        return (first[1], first[0])
+    if op == "table" and len(first) == 2:
+        return (1, *first)
     if op == "conv1x1" and len(first) >= 2 and all(n == 1 for n in first[2:]):
         return (*first[:2], 1, 1)
     return first

@@ -1,0 +1,380 @@
+"""GGUF: every type against the package's own decoding, every naming, and damaged headers refused within bounds."""
+
+import shutil
+import struct
+import sys
+import time
+import tracemalloc
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Type
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layouts import PARTS, Tensors, check_tensors, joined, toy_parts, write
+from manifests import golden, manifest
+from safetensors.torch import load_file
+from torch import Tensor
+
+from benchmarks.emoji.tokenizers import write_tokenizers
+from benchmarks.published import PREFIXES
+from benchmarks.random_checkpoint import write_checkpoint
+from mmdit import Pipeline
+from mmdit.loading import build
+from weights import CheckpointError, fill, open_checkpoint
+from weights.gguf import GGUFFile
+
+DECODED = [t for t in Type if t.name.startswith(("Q", "IQ", "TQ", "MXFP", "NVFP", "BF16", "F16", "F32"))]
+DECODED = [t for t in DECODED if t.name not in ("Q8_1", "Q8_K", "Q1_0")]  # which the package cannot decode
+MARK = "joint_blocks.0.context_block.attn.qkv.weight"
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensors]:
+    return toy_parts(tmp_path_factory.mktemp("toy") / "folder")
+
+
+def coded(tensor: Tensor, kind: Type) -> np.ndarray:
+    """The tensor's numbers in this type, by the package."""
+    return gguf.quants.quantize(tensor.float().numpy(), kind)
+
+
+def write_gguf(
+    path: Path, tensors: Mapping[str, tuple[np.ndarray, Type]], arch: str = "sd3", shapes: Mapping[str, list[int]] = {}
+) -> Path:  # fmt: skip
+    """A GGUF file by the package's writer; shapes: for `comfy.gguf.orig_shape`."""
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_array("tokenizer.ggml.tokens", ["a", "of", "the"])
+    writer.add_array("numbers", [1.5, 2.5])
+    for name, shape in shapes.items():
+        writer.add_array(f"comfy.gguf.orig_shape.{name}", shape)
+    for name, (codes, kind) in tensors.items():
+        writer.add_tensor(name, codes, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def mixed(tensors: Tensors, kind: Type = Type.Q8_0, rest: Type = Type.F16) -> dict[str, tuple[np.ndarray, Type]]:
+    """As published: matrices of the blocks in `kind`, all else in `rest`."""
+    block = gguf.GGML_QUANT_SIZES[kind][0]
+
+    def kind_of(name: str, tensor: Tensor) -> Type:
+        inside = "joint_blocks." in name or "blk." in name or ".block." in name
+        return kind if inside and tensor.ndim == 2 and tensor.shape[1] % block == 0 else rest
+
+    chosen = {name: kind_of(name, tensor) for name, tensor in tensors.items()}
+    return {name: (coded(tensor, chosen[name]), chosen[name]) for name, tensor in tensors.items()}
+
+
+def decoded(stored: Mapping[str, tuple[np.ndarray, Type]]) -> Tensors:
+    return {name: torch.from_numpy(gguf.quants.dequantize(codes, kind)) for name, (codes, kind) in stored.items()}
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(path)
+    message = str(caught.value)
+    assert str(path) in message
+    assert message.isprintable()
+    return message
+
+
+# ---- types ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", DECODED, ids=lambda kind: kind.name)
+def test_every_type_is_what_the_package_makes_of_it(tmp_path: Path, kind: Type) -> None:
+    """Random bytes, several blocks a row; long enough to be decoded in pieces."""
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    width = max(block, 32) * 2
+    codes = np.random.default_rng(0).integers(0, 256, (7, width // block * size), dtype=np.uint8)
+    if kind in (Type.F32, Type.F16):
+        codes = codes.view(np.float32 if kind == Type.F32 else np.float16)
+    file = GGUFFile(write_gguf(tmp_path / "file", {"before": (np.ones(3, np.float32), Type.F32), "x": (codes, kind)}))
+    with np.errstate(all="ignore"):
+        expected = torch.from_numpy(gguf.quants.dequantize(codes, kind))
+    assert file.tensors["x"].shape == tuple(expected.shape) == (7, width)
+    for chunk in (1 << 22, 3 * width, 1):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("weights.gguf._CHUNK", chunk)
+            got = file.get_tensor("x")
+        assert str(got.dtype) == "torch." + {Type.F16: "float16", Type.BF16: "bfloat16"}.get(kind, "float32")
+        assert torch.equal(got.float().nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+def test_two_types_written_out(tmp_path: Path) -> None:
+    """Q8_0: half-precision scale, 32 bytes; Q4_0: scale, 16 bytes whose low nibbles come first, each less 8."""
+    eight = struct.pack("<e", 0.5) + bytes(range(16)) + bytes(range(240, 256))
+    four = struct.pack("<e", 2.0) + bytes(16 * (15 - i) + i for i in range(16))
+    stored = {"eight": (np.frombuffer(eight, np.uint8)[None], Type.Q8_0),
+              "four": (np.frombuffer(four, np.uint8)[None], Type.Q4_0)}  # fmt: skip
+    file = GGUFFile(write_gguf(tmp_path / "file", stored))
+    assert file.get_tensor("eight").tolist() == [[i / 2 for i in range(16)] + [-i / 2 for i in range(16, 0, -1)]]
+    assert file.get_tensor("four").tolist() == [[2.0 * (i - 8) for i in range(16)] + [2.0 * (7 - i) for i in range(16)]]
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"])
+def test_types_agree_with_diffusers(tmp_path: Path, kind: str) -> None:
+    """Its decoding is torch's, not the package's."""
+    utils = pytest.importorskip("diffusers.quantizers.gguf.utils")
+    block, size = gguf.GGML_QUANT_SIZES[Type[kind]]
+    codes = np.random.default_rng(1).integers(0, 64, (4, 2 * size), dtype=np.uint8)
+    if Type[kind] not in utils.dequantize_functions:
+        pytest.skip(f"diffusers does not decode {kind}")
+    ours = GGUFFile(write_gguf(tmp_path / "file", {"x": (codes, Type[kind])})).get_tensor("x")
+    blocks = torch.from_numpy(codes).reshape(-1, size)
+    theirs = utils.dequantize_functions[Type[kind]](blocks, block, size, torch.float32).reshape(4, -1)
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", [Type.Q8_1, Type.Q8_K, Type.I8, Type.I32])
+def test_types_that_are_no_weights_are_refused(tmp_path: Path, kind: Type) -> None:
+    size = gguf.GGML_QUANT_SIZES[kind][1]
+    number = {Type.I8: np.int8, Type.I32: np.int32}.get(kind, np.uint8)
+    codes = np.zeros((1, 4 if number != np.uint8 else size), number)
+    told = refusal(write_gguf(tmp_path / "file", {MARK: (codes, kind)}))
+    assert f"{MARK}: {kind.name} is a GGUF type that cannot be decoded" in told
+
+
+def test_plain_types_are_views_of_the_file(toy: dict[str, Tensors], tmp_path: Path) -> None:
+    component = open_checkpoint(write_gguf(tmp_path / "f", mixed(toy["transformer"]))).component("transformer")
+    assert component.read("pos_embed").data_ptr() == component.read("pos_embed").data_ptr()
+    component.read("pos_embed").zero_()  # not allowed, and does no harm to the file
+    again = open_checkpoint(tmp_path / "f").component("transformer")
+    assert bool(again.read("pos_embed").any())
+
+
+# ---- names ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("rest", [Type.F16, Type.F32, Type.BF16])
+@pytest.mark.parametrize("kind", [Type.Q4_0, Type.Q8_0, Type.BF16])
+def test_transformers(toy: dict[str, Tensors], tmp_path: Path, prefix: str, rest: Type, kind: Type) -> None:
+    """city96's naming and stable-diffusion.cpp's, told as GGUF under any name; a bfloat16 model comes of it."""
+    stored = mixed(toy["transformer"], kind, rest)
+    tensors = {prefix + name: it for name, it in stored.items()}
+    checkpoint = open_checkpoint(write_gguf(tmp_path / "file.safetensors", tensors))
+    assert checkpoint.components == ("transformer",)
+    component = checkpoint.component("transformer")
+    expected = decoded(stored)
+    check_tensors(component, expected)
+    module = fill(build(component), component, dtype=torch.bfloat16)
+    assert all(torch.equal(tensor, expected[name].bfloat16()) for name, tensor in module.state_dict().items())
+
+
+def test_position_tables(toy: dict[str, Tensors], tmp_path: Path) -> None:
+    """With its leading one, without, and reshaped with the true shape beside it."""
+    table = toy["transformer"]["pos_embed"].half()
+    for shape, shapes in ((table.shape, {}), (table.shape[1:], {}), ((64, -1), {"pos_embed": list(table.shape)})):
+        stored = mixed(toy["transformer"]) | {"pos_embed": (table.reshape(shape).numpy(), Type.F16)}
+        file = write_gguf(tmp_path / "file", stored, shapes=shapes)
+        got = open_checkpoint(file).component("transformer").read("pos_embed")
+        assert torch.equal(got, table)
+    file = write_gguf(tmp_path / "file", stored, shapes={"pos_embed": [3, 5]})
+    assert "which cannot come from [3, 5]" in refusal(file)
+
+
+def test_published_transformer(tmp_path: Path) -> None:
+    """All 665 names, 263 of them quantised, with sides small enough to write."""
+    listed = manifest("gguf.sd35_medium")["quantised_tensors"]
+    names = golden()["transformer"]
+    assert len(listed) == 263
+    stored = {}
+    for name, shape in names.items():
+        sides = [n // 48 if n >= 48 else n for n in shape]
+        stored[name] = (coded(torch.ones(sides), kind := Type.Q8_0 if name in listed else Type.F16), kind)
+    component = open_checkpoint(write_gguf(tmp_path / "file", stored)).component("transformer")
+    assert set(component.shapes) == set(names)
+    assert sum(dtype == torch.float32 for dtype in component.dtypes.values()) == 263
+
+
+def test_all_parts_with_prefixes(toy: dict[str, Tensors], tmp_path: Path) -> None:
+    """As stable-diffusion.cpp converts an all-in-one file."""
+    stored = mixed(joined(toy))
+    checkpoint = open_checkpoint(write_gguf(tmp_path / "file", stored))
+    assert checkpoint.components == PARTS
+    for part in PARTS:
+        expected = decoded({name: stored[PREFIXES[part] + name] for name in toy[part]})
+        check_tensors(checkpoint.component(part), expected)
+
+
+def llama_cpp(native: Tensors) -> Tensors:
+    """T5 under llama.cpp's names, written out by the words they are made of."""
+    words = {
+        "encoder.block.": "enc.blk.", "layer.0.SelfAttention.relative_attention_bias": "attn_rel_b",
+        "layer.0.SelfAttention.": "attn_", "layer.0.layer_norm": "attn_norm", "layer.1.layer_norm": "ffn_norm",
+        "layer.1.DenseReluDense.wi_0": "ffn_gate", "layer.1.DenseReluDense.wi_1": "ffn_up",
+        "layer.1.DenseReluDense.wo": "ffn_down", "shared": "token_embd",
+        "encoder.final_layer_norm": "enc.output_norm",
+    }  # fmt: skip
+    result = {}
+    for name, tensor in native.items():
+        for ours, theirs in words.items():
+            name = name.replace(ours, theirs)
+        result[name] = tensor
+    return result
+
+
+@pytest.mark.parametrize("naming", ["llama.cpp", "transformers"])
+def test_t5(toy: dict[str, Tensors], tmp_path: Path, naming: str) -> None:
+    tensors = llama_cpp(toy["t5"]) if naming == "llama.cpp" else toy["t5"]
+    stored = mixed(tensors, Type.Q5_0)
+    assert sum(kind == Type.Q5_0 for _, kind in stored.values()) == 14
+    file = write_gguf(tmp_path / "t5", stored, arch="t5encoder")
+    base = write(tmp_path / "base", toy["transformer"])
+    component = open_checkpoint(base, {"t5": file}).component("t5")
+    check_tensors(component, {name: decoded(stored)[key] for name, key in zip(toy["t5"], tensors)})
+    fill(build(component), component, dtype=torch.bfloat16)
+    with pytest.raises(CheckpointError, match="a T5 text encoder; expected a VAE"):
+        open_checkpoint(base, {"vae": file}).component("vae")
+
+
+def test_published_t5_names(toy: dict[str, Tensors], tmp_path: Path) -> None:
+    tensors = llama_cpp({name: torch.ones(1, 2) for name in golden()["t5"]})
+    assert {"enc.blk.23.ffn_down.weight", "enc.blk.0.attn_rel_b.weight", "token_embd.weight"} < set(tensors)
+    file = write_gguf(tmp_path / "t5", mixed(tensors, Type.F32))
+    base = write(tmp_path / "base", toy["transformer"])
+    assert set(open_checkpoint(base, {"t5": file}).component("t5").shapes) == set(golden()["t5"])
+
+
+def test_a_picture_from_gguf_is_the_same_picture(tmp_path: Path) -> None:
+    """Everything in one GGUF file, float32, against the folder of the same weights: every pixel."""
+    write_tokenizers(tmp_path / "words", captions=500)
+    sizes = {"clip_vocab": 1024, "t5_vocab": 512}
+    folder = write_checkpoint(tmp_path / "folder", tokenizers=tmp_path / "words", **sizes)
+    single = write_checkpoint(tmp_path / "single", layout="single-file", **sizes)
+    file = write_gguf(tmp_path / "file", mixed(load_file(single), Type.F32, Type.F32))
+    size = {"width": 64, "height": 64, "steps": 2, "cfg": 4.5}
+    load = {"tokenizers": tmp_path / "words", "dtype": "fp32", "device": "cpu"}
+    first, second = (Pipeline.load(model, **load)("a horse", **size)[0] for model in (folder, file))
+    assert first.tobytes() == second.tobytes()
+
+
+# ---- what is wrong -------------------------------------------------------------------------------
+
+
+def test_without_the_package(toy: dict[str, Tensors], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write_gguf(tmp_path / "file", mixed(toy["transformer"]))
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert "a GGUF file, which needs the package gguf: pip install 'mmdit[gguf]'" in refusal(file)
+
+
+def test_other_models_and_other_places(tmp_path: Path) -> None:
+    flux = write_gguf(tmp_path / "flux", {"double_blocks.0.img_attn.qkv.weight": (np.ones(2, np.float32), Type.F32)})
+    assert "a FLUX model" in refusal(flux)
+    folder = tmp_path / "folder"
+    toy_parts(folder)
+    shutil.copy(flux, folder / "vae" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"a GGUF file where a \.safetensors file belongs"):
+        open_checkpoint(folder).component("vae")
+
+
+def header(
+    *, version: int = 3, count: int = 1, pairs: int = 0, kv: bytes = b"", shape: tuple[int, ...] = (32, 2),
+    kind: int = 0, offset: int = 0, name: bytes = MARK.encode(), data: int = 256,
+) -> bytes:  # fmt: skip
+    """A GGUF file of one tensor, each number as it is told."""
+    raw = b"GGUF" + struct.pack("<IQQ", version, count, pairs) + kv
+    raw += struct.pack("<Q", len(name)) + name + struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
+    raw += struct.pack("<IQ", kind, offset)
+    return raw + b"\0" * (-len(raw) % 32) + b"\0" * data
+
+
+def text(value: str) -> bytes:
+    return struct.pack("<Q", len(value)) + value.encode()
+
+
+HUGE = 1 << 62
+BROKEN = {
+    "version 1": (header(version=1), "GGUF version 1; known are 2 and 3"),
+    "big-endian": (header(version=3 << 24), "a big-endian file?"),
+    "many tensors": (header(count=HUGE), "truncated: the header goes on"),
+    "many pairs": (header(pairs=HUGE), "truncated: the header goes on"),
+    "long key": (header(pairs=1, kv=struct.pack("<Q", HUGE)), "truncated: the header goes on"),
+    "long text": (header(pairs=1, kv=text("k") + struct.pack("<IQ", 8, HUGE)), "truncated: the header goes on"),
+    "long array": (header(pairs=1, kv=text("k") + struct.pack("<IIQ", 9, 4, HUGE)), "truncated: the header goes on"),
+    "many texts": (header(pairs=1, kv=text("k") + struct.pack("<IIQ", 9, 8, HUGE)), "truncated: the header goes on"),
+    "array of arrays": (header(pairs=1, kv=text("k") + struct.pack("<IIQ", 9, 9, 1)), "of the unknown type 9"),
+    "unknown value": (header(pairs=1, kv=text("k") + struct.pack("<I", 13)), "a value of the unknown type 13"),
+    "alignment 3": (header(pairs=1, kv=text("general.alignment") + struct.pack("<II", 4, 3)), "alignment is 3"),
+    "alignment text": (header(pairs=1, kv=text("general.alignment") + struct.pack("<I", 8) + text("x")), "is 'x'"),
+    "dimensions": (header(shape=(1,) * 9), "9 dimensions: the header is damaged"),
+    "huge shape": (header(shape=(HUGE, HUGE)), "truncated: joint_blocks"),
+    "offset": (header(offset=32), "begins at 32, expected 0"),
+    "short": (header(data=255), "truncated: joint_blocks"),
+    "row": (header(kind=8, shape=(31, 2)), "Q8_0 comes in blocks of 32, a row of 31"),
+    "type": (header(kind=4), "of the unknown GGUF type 4"),
+    "name": (header(name=b"\xff\xfe"), "a text is not UTF-8"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_damaged_headers(tmp_path: Path, case: str) -> None:
+    """In one line, at once and without the memory that the header promises."""
+    content, message = BROKEN[case]
+    path = tmp_path / "file"
+    path.write_bytes(header())
+    assert open_checkpoint(path).components == ("transformer",)
+    path.write_bytes(content)
+    tracemalloc.start()
+    start = time.perf_counter()
+    assert message in refusal(path)
+    assert time.perf_counter() - start < 1
+    assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    tracemalloc.stop()
+
+
+@pytest.fixture(scope="module")
+def whole(toy: dict[str, Tensors], tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, int, Tensors]:
+    """A file's bytes, where its tensors begin, and what it loads to."""
+    stored = mixed(toy["transformer"], Type.Q4_1)
+    path = write_gguf(tmp_path_factory.mktemp("whole") / "file", stored, shapes={"pos_embed": [1, 1024, 128]})
+    return path.read_bytes(), gguf.GGUFReader(path).data_offset, decoded(stored)
+
+
+def loads_right_or_refuses(path: Path, expected: Tensors) -> None:
+    refused = ""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            part = open_checkpoint(path).component("transformer")
+            state = fill(build(part), part, dtype=torch.float32).state_dict()
+    except CheckpointError as error:
+        refused = str(error)
+    if refused:
+        assert str(path) in refused
+    else:
+        assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+
+
+@settings(max_examples=120, deadline=None)
+@given(where=st.integers(0, 1 << 20), bit=st.integers(0, 7))
+def test_a_flipped_bit_in_the_header(
+    whole: tuple[bytes, int, Tensors], tmp_path_factory: pytest.TempPathFactory, where: int, bit: int
+) -> None:
+    """It loads to the same values, or is refused with the file's name."""
+    content, end, expected = whole
+    at = where % end
+    path = tmp_path_factory.getbasetemp() / "damaged.gguf"
+    path.write_bytes(content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1 :])
+    loads_right_or_refuses(path, expected)
+
+
+@settings(max_examples=40, deadline=None)
+@given(length=st.integers(0, 1 << 24))
+def test_a_file_cut_short(
+    whole: tuple[bytes, int, Tensors], tmp_path_factory: pytest.TempPathFactory, length: int
+) -> None:
+    content, _, expected = whole
+    path = tmp_path_factory.getbasetemp() / "cut.gguf"
+    path.write_bytes(content[: length % len(content)])
+    loads_right_or_refuses(path, expected)
