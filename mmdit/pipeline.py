@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from mmdit.loading import Parts, load_parts
-from mmdit.settings import Settings, SettingsError, check_size, settings_from
+from mmdit.loading import Parts, adapters_of, load_parts
+from mmdit.settings import Settings, SettingsError, check_size, settings_from, split_lora
 from samplers import Step, classifier_free_guidance, euler, shifted_sigmas
 from text_encoders import Conditioning, TokenizerError
 from weights import CheckpointError
@@ -46,17 +46,25 @@ class Pipeline:
     """A loaded model, ready to draw. Build one with `Pipeline.load`."""
 
     def __init__(self, parts: Parts, settings: Settings) -> None:
-        """settings: those that loading fixed are read from it (model, tokenizers, t5, dtype, device)."""
+        """settings: those that loading fixed are read from it (model, tokenizers, lora, t5, dtype, device).
+
+        `adapters` adds more adapters, rescales them and takes them out.
+        """
         self.transformer, self.text, self.vae, self.defaults, self.shift = parts
         self.settings = settings
         weight = self.transformer.context_embedder.weight
         self.actual = {"device": weight.device.type, "dtype": DTYPE_NAMES[weight.dtype]}  # what "auto" came to
+        encoders = {"clip_l": self.text.clip_l, "clip_g": self.text.clip_g, "t5": self.text.t5}
+        self.adapters = adapters_of({"transformer": self.transformer, **encoders})
+        for path, scale in map(split_lora, settings.lora):
+            self.adapters.add(path, scale)
 
     @classmethod
     def load(cls, model: str | Path | None = None, **keywords: Any) -> "Pipeline":
         """Load a diffusers folder or a single file, or without an argument the demo model.
 
-        keywords: `tokenizers`, `device`, `dtype`, `t5`, as in Settings; without T5 its weights are not opened.
+        keywords: `tokenizers`, `lora` (a list), `device`, `dtype`, `t5`, as in Settings; without T5 its weights are
+        not opened.
         Raises one of USER_ERRORS, each a ValueError with a one-line message.
         """
         return cls.from_settings(settings_from({"model": model and str(model), **keywords}, Settings()))
@@ -100,12 +108,13 @@ class Pipeline:
         if trace is not None:
             trace["image"] = pixels
         images = [Image.fromarray(picture.numpy()) for picture in pixels]
-        return Result(images, replace(settings, **self.actual), seconds)
+        return Result(images, replace(settings, **self.actual, lora=self.adapters.settings), seconds)
 
     def check(self, settings: Settings) -> Settings:
         """The settings with defaults filled in; raises SettingsError for what this model cannot do."""
-        for name in ("model", "tokenizers", "t5", "dtype", "device"):
-            if getattr(settings, name) not in (getattr(self.settings, name), self.actual.get(name)):
+        actual = {**self.actual, "lora": self.adapters.settings}
+        for name in ("model", "tokenizers", "lora", "t5", "dtype", "device"):
+            if getattr(settings, name) not in (getattr(self.settings, name), actual.get(name)):
                 raise SettingsError(f"{name} is fixed when the model is loaded: give it to Pipeline.load")
         settings = settings.resolved(self.defaults)
         config = self.transformer.config

@@ -3,6 +3,7 @@
 import difflib
 import math
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, TypeGuard
 
 
@@ -26,6 +27,10 @@ class Settings:
     tokenizers: str | None = _setting(
         None, "folder with tokenizer/, tokenizer_2/, tokenizer_3/, for a single file", metavar="FOLDER"
     )
+    lora: tuple[str, ...] = _setting(
+        (), "adapter to merge, a file or a folder, with its strength (default 1); repeat it for more",
+        metavar="FILE|FOLDER[:SCALE]",
+    )  # fmt: skip
     width: int | None = _setting(None, "picture width in pixels", metavar="W")
     height: int | None = _setting(None, "picture height in pixels", metavar="H")
     steps: int | None = _setting(None, "denoising steps", metavar="N")
@@ -43,6 +48,10 @@ class Settings:
     device: str = _setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     out: str = _setting("out", "PNG file, or folder for files named after prompt and seed", metavar="FILE|FOLDER")
     dump: str | None = _setting(None, "write every stage's tensors into this file", metavar="FILE.safetensors")
+
+    def __post_init__(self) -> None:
+        given = self.lora or ()
+        object.__setattr__(self, "lora", (given,) if isinstance(given, str) else tuple(map(str, given)))
 
     def resolved(self, defaults: dict[str, Any]) -> "Settings":
         """With the model's `defaults`, then SD3.5-Medium's, in place of None; the result is checked.
@@ -75,8 +84,31 @@ class Settings:
             raise SettingsError(f"t5_length is {self.t5_length!r}: expected 2 to 512; 77, 154, 256 and 512 are usual")
         if isinstance(self.cfg, bool) or not isinstance(self.cfg, int | float) or not math.isfinite(self.cfg):
             raise SettingsError(f"cfg is {self.cfg!r}: expected a number, 1 for no guidance")
+        for lora in self.lora:
+            split_lora(lora)
         if not whole(self.seed) or not -(2**63) <= self.seed <= 2**64 - self.count:
             raise SettingsError(f"seed is {self.seed!r}: expected a whole number of at most 64 bits")
+
+
+def split_lora(text: str) -> tuple[str, float]:
+    """What `lora` names, FILE_OR_FOLDER[:SCALE], as path and scale; SettingsError for a scale that is no number.
+
+    A path that exists as it stands has no scale at its end.
+    """
+    path, colon, number = text.rpartition(":")
+    if not colon or Path(text).expanduser().exists():
+        return text, 1.0
+    try:
+        scale = float(number)
+    except ValueError:
+        if not Path(path).expanduser().exists():
+            return text, 1.0  # a colon inside the path, not before a scale
+        scale = math.nan
+    if not path or not math.isfinite(scale):
+        raise SettingsError(
+            f"lora is {text!r}: expected FILE_OR_FOLDER:SCALE with a number, as in style.safetensors:0.8"
+        )
+    return path, scale
 
 
 def whole(value: Any) -> TypeGuard[int]:
