@@ -82,10 +82,10 @@ class AdapterFile:
 
     def scaling(self, module: str) -> tuple[Scaling | None, str]:
         """The configuration for a module, if there is one, and the module's name in it."""
-        prefix = next((p for p in _PARTS if module.startswith(f"{p}.")), "")
-        if prefix not in self.scalings and "" in self.scalings:
-            return self.scalings[""], module.removeprefix("base_model.model.")
-        return self.scalings.get(prefix), module.removeprefix(f"{prefix}.")
+        prefix = next((p for p in self.scalings if p and module.startswith(f"{p}.")), None)
+        if prefix is not None:
+            return self.scalings[prefix], module.removeprefix(f"{prefix}.")
+        return self.scalings.get(""), module.removeprefix("base_model.model.")
 
     def read(self, modules: Iterable[str]) -> dict[str, dict[str, torch.Tensor]]:
         """{module: {role: tensor}}, on the CPU, in the file's dtype, copied so that the file may go.
