@@ -174,8 +174,8 @@ def test_a_part_that_does_not_apply_is_told_on_one_line(tmp_path: Path) -> None:
     assert text == report.warning()
     assert "\n" not in text
     for part in (
-        "a.safetensors: 1 modules applied, left out: ",
-        "1 modules of clip_l, which is not loaded; 2 modules of t5, which is not loaded",
+        "a.safetensors: 1 module applied, left out: ",
+        "1 module of clip_l, which is not loaded; 2 modules of t5, which is not loaded",
         "2 that this model does not have (some.weight, lora_unet_joint_blocks_7_x_block_attn_qkv)",
         "2 that do not fit (",
         "lora_unet_joint_blocks_0_x_block_adaLN_modulation_1 is [768, 128], should be [1152, 128]",
@@ -189,7 +189,7 @@ def test_a_part_that_does_not_apply_is_told_on_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensors", "told"),
     [
-        (lora("lora_te3_encoder_block_0_layer_0_SelfAttention_q", 64, 256), "1 modules of t5, which is not loaded"),
+        (lora("lora_te3_encoder_block_0_layer_0_SelfAttention_q", 64, 256), "1 module of t5, which is not loaded"),
         (lora("lora_unet_blocks_0_attn", 8, 8), "1 that this model does not have (lora_unet_blocks_0_attn)"),
         (lora(FC1, 6144, 1536), f"1 that do not fit ({FC1} is [6144, 1536], should be [512, 128])"),
         ({f"{FC1}.alpha": torch.tensor(1.0)}, f"({FC1} has only alpha)"),

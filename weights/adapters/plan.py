@@ -7,9 +7,9 @@ from pathlib import Path
 from weights.adapters.groups import AdapterFile, open_adapter
 from weights.adapters.kinds import Kind, Shapes, fits, kind_of, magnitude_shape
 from weights.adapters.targets import Lookup, Target, is_idle, other_model, owner
-from weights.errors import CheckpointError
+from weights.errors import CheckpointError, one_line
 
-_SHOWN = 3
+_SHOWN, _LONGEST = 3, 160  # names in a message, characters of one
 _PEFT = "adapter_model.safetensors"
 _BIAS_ROLES = ("up_bias", "diff_b")
 
@@ -41,7 +41,7 @@ class Report:
 
     def left_out(self) -> str:
         """What does not apply, on one line; empty if all does."""
-        told = [f"{n} modules of {part}, which is not loaded" for part, n in self.absent.items()]
+        told = [f"{_modules(n)} of {part}, which is not loaded" for part, n in self.absent.items()]
         if self.unknown:
             told.append(f"{len(self.unknown)} that this model does not have ({_first(self.unknown)})")
         if self.unfit:
@@ -51,8 +51,8 @@ class Report:
     def warning(self) -> str | None:
         """One line if a part was left out or guessed, else None."""
         left_out = self.left_out()
-        told = [f"{len(self.applied)} modules applied, left out: {left_out}"] if left_out else []
-        return f"{self.path}: {'; '.join([*told, *self.notes])}" if told or self.notes else None
+        told = [f"{_modules(len(self.applied))} applied, left out: {left_out}"] if left_out else []
+        return one_line(f"{self.path}: {'; '.join([*told, *self.notes])}") if told or self.notes else None
 
 
 @dataclass
@@ -93,7 +93,9 @@ def make_plan(path: Path, lookup: Lookup, components: Iterable[str]) -> Plan:
                 if not steps[module].bias and not roles.keys().isdisjoint(_BIAS_ROLES):
                     report.unfit[f"{module} (bias)"] = "has no place in the model"
     if not steps:
-        raise CheckpointError(f"{path}: nothing of it applies to this model: {report.left_out() or 'it is empty'}")
+        raise CheckpointError(
+            f"{path}: nothing of it applies to this model: {report.left_out() or 'it has a projection of CLIP-L only'}"
+        )
     bare = any(module.startswith("base_model.model.") and "alpha" not in shapes[module] for module in steps)
     if bare and not file.scalings:
         report.notes.append("no alpha and no adapter_config.json beside it: taken as trained with scale 1")
@@ -122,9 +124,9 @@ def _step(target: Target, shapes: Shapes) -> Step:
 
 def _name(path: Path) -> str:
     """The file's name without ending; the folder's, where every such file is named alike."""
-    return (
-        path.stem if path.is_file() and path.name != _PEFT else (path.parent if path.is_file() else path).resolve().name
-    )
+    if path.is_file() and path.name != _PEFT:
+        return path.stem
+    return (path.parent if path.is_file() else path).resolve().name
 
 
 def _delta_shape(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
@@ -135,6 +137,10 @@ def _delta_shape(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
         return ()
 
 
+def _modules(count: int) -> str:
+    return f"{count} module{'' if count == 1 else 's'}"
+
+
 def _first(names: Iterable[str]) -> str:
-    names = list(names)
+    names = [name if len(name) <= _LONGEST else f"{name[:_LONGEST]}..." for name in names]
     return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
