@@ -35,18 +35,19 @@ class Inputs:
     """The same random inputs for both sides, at the checkpoint's sizes."""
 
     def __init__(self, pipe: Pipeline, settings: Settings) -> None:
+        assert settings.width and settings.height and settings.t5_length
         generator = torch.Generator().manual_seed(settings.seed)
         config = pipe.transformer.config
-        tokens = pipe.text.clip_l.config.max_length + (settings.t5_length or 0)
+        tokens = pipe.text.clip_l.config.max_length + settings.t5_length
         self.settings = settings
-        self.noise = pipe.noise(settings)
-        self.picture = torch.rand(1, 3, settings.height or 0, settings.width or 0, generator=generator) * 2 - 1
+        self.noise = pipe.noise(settings.width, settings.height, [settings.seed])
+        self.picture = torch.rand(1, 3, settings.height, settings.width, generator=generator) * 2 - 1
         self.context = torch.randn(1, tokens, config.context_size, generator=generator)
         self.pooled = torch.randn(1, config.pooled_size, generator=generator)
         self.sigma = torch.tensor([0.8])
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def ours(pipe: Pipeline, inputs: Inputs) -> Outputs:
     """Every component and the whole loop by this engine; float32 results."""
     out: Outputs = {}
@@ -71,7 +72,7 @@ def ours(pipe: Pipeline, inputs: Inputs) -> Outputs:
     return {name: t if t.dtype in (torch.int64, torch.uint8) else t.float() for name, t in out.items()}
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def theirs(folder: Path, dtype: torch.dtype, inputs: Inputs) -> Outputs:
     """The same by diffusers and transformers."""
     from diffusers import StableDiffusion3Pipeline  # pyright: ignore[reportPrivateImportUsage]

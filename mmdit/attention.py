@@ -1,4 +1,8 @@
-"""The transformer's one attention function. Another backend, a probe or a shard goes here and nowhere else."""
+"""The transformer's one attention function: another backend goes here and nowhere else.
+
+A probe of what attends to what needs no change: forward hooks on a block's `attn.ln_q` and `attn.ln_k` see its queries
+and keys, text and image apart.
+"""
 
 import torch.nn.functional as F
 from einops import rearrange

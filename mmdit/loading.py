@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from mmdit.config import MMDiTConfig
 from mmdit.model import MMDiT
-from mmdit.settings import Settings, SettingsError, check_defaults, split_lora
+from mmdit.settings import Settings, SettingsError, check_defaults, check_size, split_lora, user_path
 from text_encoders import (
     CLIPConfig,
     CLIPTextEncoder,
@@ -26,6 +26,7 @@ from vae import Autoencoder, VAEConfig
 from weights import Checkpoint, CheckpointError, Component, fill, open_checkpoint
 from weights.adapters import Adapters
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DEMO = Path(__file__).parent.parent / "weights" / "demo"
 
 
@@ -37,6 +38,8 @@ class Parts(NamedTuple):
     vae: Autoencoder
     defaults: dict[str, float]  # the model's own settings
     shift: float  # of its noise schedule
+    device: torch.device
+    dtype: torch.dtype  # of transformer, CLIPs and autoencoder
 
 
 def load_parts(settings: Settings) -> Parts:
@@ -47,21 +50,20 @@ def load_parts(settings: Settings) -> Parts:
     TokenizerError.
     """
     device, dtype = device_of(settings), dtype_of(settings)
-    checkpoint = open_checkpoint(settings.model or DEMO)
+    checkpoint = open_checkpoint(DEMO if settings.model is None else settings.model)
     defaults = check_defaults(checkpoint.defaults, str(checkpoint.path / "mmdit.json"))
     settings.resolved(defaults)
     wanted = [name for name in PARTS if name != "t5" or settings.t5 == "on"]
     for name in wanted:
         if not checkpoint.has(name):
-            hint = "; --t5 off or --t5 omit runs without it" if name == "t5" else ""
-            raise CheckpointError(f"{checkpoint.path}: has no {name}, which a picture needs{hint}")
-    shift = (checkpoint.scheduler or {}).get("shift", 3.0)
-    if isinstance(shift, bool) or not isinstance(shift, int | float) or not 0 < shift < math.inf:
-        raise CheckpointError(f"{checkpoint.path}: scheduler: shift is {shift!r}: expected a number above 0")
+            hint = "--t5 off or --t5 omit runs without it" if name == "t5" else "give a folder or file that has it"
+            raise CheckpointError(f"{checkpoint.path}: has no {name}, which a picture needs; {hint}")
+    shift = shift_of(checkpoint)
     tokenizers = load_tokenizers(settings, checkpoint)
     components = {name: checkpoint.component(name) for name in wanted}
     empty = {name: build(component) for name, component in components.items()}
     check_together(checkpoint, empty)
+    check_size(settings, empty["transformer"].config, empty["vae"].config.downscale)
     adapters = adapters_of(empty)
     for lora in settings.lora:
         adapters.plan(split_lora(lora)[0])
@@ -76,7 +78,7 @@ def load_parts(settings: Settings) -> Parts:
         t5_mode=settings.t5,
         width=full["transformer"].config.context_size,
     )
-    return Parts(full["transformer"], text, full["vae"], defaults, shift)
+    return Parts(full["transformer"], text, full["vae"], defaults, shift, device, dtype)
 
 
 def adapters_of(parts: Mapping[str, nn.Module | None]) -> Adapters:
@@ -106,16 +108,28 @@ def build(component: Component) -> Any:
         raise CheckpointError(f"{component.path}: {component.name}: sizes without sense: {error}") from None
 
 
+def shift_of(checkpoint: Checkpoint) -> float:
+    """The shift of a folder's noise schedule, 3 where it says nothing; CheckpointError for another schedule."""
+    scheduler = checkpoint.scheduler or {}
+    shift = scheduler.get("shift", 3.0)
+    if isinstance(shift, bool) or not isinstance(shift, int | float) or not 0 < shift < math.inf:
+        raise CheckpointError(f"{checkpoint.path}: scheduler: shift is {shift!r}: expected a number above 0")
+    for name, value in scheduler.items():
+        if name.startswith("use_") and value:
+            raise CheckpointError(f"{checkpoint.path}: scheduler: {name} is not supported: only a fixed shift is")
+    return shift
+
+
 def check_together(checkpoint: Checkpoint, parts: dict[str, Any]) -> None:
     """Raise CheckpointError where parts, each whole by itself, are of different models."""
     config = {name: part.config for name, part in parts.items()}
     transformer, clips = config["transformer"], (config["clip_l"], config["clip_g"])
     pooled = sum(clip.projection_dim or clip.hidden_size for clip in clips)
-    context = sum(clip.hidden_size for clip in clips)
+    context, vae = sum(clip.hidden_size for clip in clips), config["vae"].latent_channels
     wanted = [
         (pooled == transformer.pooled_size, f"pooled vectors of {pooled}, expected {transformer.pooled_size}"),
         (context <= transformer.context_size, f"CLIP contexts of {context}, at most {transformer.context_size} fit"),
-        (config["vae"].latent_channels == transformer.in_channels, "latents of different channels"),
+        (vae == transformer.in_channels, f"latents of {vae} channels, expected {transformer.in_channels}"),
     ]
     if "t5" in config:
         width = config["t5"].d_model
@@ -126,7 +140,7 @@ def check_together(checkpoint: Checkpoint, parts: dict[str, Any]) -> None:
 
 
 def load_tokenizers(settings: Settings, checkpoint: Checkpoint) -> dict[str, Any]:
-    folder = Path(settings.tokenizers).expanduser() if settings.tokenizers else checkpoint.tokenizers
+    folder = checkpoint.tokenizers if settings.tokenizers is None else user_path("tokenizers", settings.tokenizers)
     if folder is None:
         raise TokenizerError(
             f"{checkpoint.path}: has no tokenizers: --tokenizers FOLDER names a folder with tokenizer/, "
@@ -152,13 +166,14 @@ def device_of(settings: Settings) -> torch.device:
 
 def dtype_of(settings: Settings) -> torch.dtype:
     """The dtype asked for; auto is bfloat16 where the device multiplies it fast, else float32 (CPU) or float16."""
-    named = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     if settings.dtype != "auto":
-        return named[settings.dtype]
+        return DTYPES[settings.dtype]
     device = device_of(settings).type
     if device == "cpu":
-        return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
-    return torch.bfloat16 if device == "mps" or torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() else torch.float32
+    if device == "mps":
+        return torch.bfloat16 if torch.backends.mps.is_macos_or_newer(14, 0) else torch.float16
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def part_dtype(name: str, dtype: torch.dtype) -> torch.dtype:

@@ -29,13 +29,15 @@ from mmdit.config import MMDiTConfig
 class MMDiT(nn.Module):
     """Predicts the velocity of the flow, d latent / d sigma, from a noisy latent and its text."""
 
+    pos_embed: Tensor
+
     def __init__(self, config: MMDiTConfig) -> None:
         super().__init__()
         self.config = config
         width = config.hidden_size
         self.x_embedder = PatchEmbed(config)
         self.register_buffer("pos_embed", torch.zeros(1, config.pos_embed_max_size**2, width))
-        self.t_embedder = TimestepEmbedder(width)
+        self.t_embedder = Embedder(256, width)
         self.y_embedder = Embedder(config.pooled_size, width)
         self.context_embedder = nn.Linear(config.context_size, width)
         self.joint_blocks = nn.ModuleList(
@@ -59,7 +61,8 @@ class MMDiT(nn.Module):
         assert latent.shape[2:] == (rows * patch, columns * patch), f"{latent.shape} is not made of whole patches"
 
         # What every block is told: when (the timestep) and, in a word, what (the pooled text).
-        c = self.t_embedder(1000.0 * sigma.float()) + self.y_embedder(pooled)  # (B, D)
+        waves = timestep_waves(1000.0 * sigma.float()).to(latent.dtype)  # (B, 256)
+        c = self.t_embedder(waves) + self.y_embedder(pooled)  # (B, D)
 
         # What the blocks work on: image tokens, each knowing its place, and context tokens.
         x = self.x_embedder(latent)  # (B, N, D)
@@ -229,27 +232,21 @@ class Embedder(nn.Module):
         return self.mlp(x)
 
 
-class TimestepEmbedder(Embedder):
-    """A timestep, 0 to 1000, by 256 sines and cosines into the transformer's width."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__(256, width)
-
-    def forward(self, timestep: Tensor) -> Tensor:
-        # In float32: bfloat16 would round timestep 987.38 to 988.
-        frequencies = torch.exp(
-            -math.log(10000.0) * torch.arange(128, dtype=torch.float32, device=timestep.device) / 128
-        )
-        angles = timestep.float()[:, None] * frequencies  # (B, 128)
-        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, 256)
-        return self.mlp(waves.to(self.mlp[0].weight.dtype))
-
-
 class LayerNorm(nn.LayerNorm):
     """Without weights of its own; scale and shift come from the modulation."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, eps=1e-6, elementwise_affine=False)
+
+
+def timestep_waves(timestep: Tensor) -> Tensor:
+    """Timesteps `(B,)`, 0 to 1000, as 128 cosines and 128 sines `(B, 256)`, all in float32.
+
+    A shorter type would not do for the timestep itself: bfloat16 rounds 987.38 to 988.
+    """
+    exponents = torch.arange(128, dtype=torch.float32, device=timestep.device) / 128
+    angles = timestep.float()[:, None] * torch.exp(-math.log(10000.0) * exponents)  # (B, 128)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -13,17 +13,16 @@ from pathlib import Path
 from PIL import Image, PngImagePlugin
 from safetensors import SafetensorError
 
-from mmdit.settings import Settings, SettingsError
+from mmdit.settings import Settings, SettingsError, user_path
 
 
-def save_images(images: list[Image.Image], settings: Settings) -> list[Path]:
-    """Write each picture as PNG with its settings inside, where `settings.out` says; returns the paths.
+def save_images(images: list[Image.Image], settings: Settings) -> Iterator[Path]:
+    """Write each picture as PNG with its settings inside, where `settings.out` says; gives each path once written.
 
     An `out` that ends in .png is the file, replaced if it is there; with several pictures -1, -2, ... is added before
     the ending. Any other `out` is a folder, made if need be; in it the files are named after prompt and seed and an
     existing file is never replaced.
     """
-    paths = []
     for i, image in enumerate(images):
         own = replace(settings, seed=settings.seed + i, count=1)
         path = picture_path(own, i, len(images))
@@ -32,8 +31,7 @@ def save_images(images: list[Image.Image], settings: Settings) -> list[Path]:
         info.add_text("mmdit", json.dumps(asdict(own), ensure_ascii=False))
         with whole_file(path) as partial:
             image.save(partial, format="PNG", pnginfo=info)
-        paths.append(path)
-    return paths
+        yield path
 
 
 def is_file(out: str) -> bool:
@@ -86,18 +84,15 @@ def engine() -> str:
 
 def check_writable(settings: Settings) -> None:
     """Raise SettingsError, before any work is done, where `out` or `dump` cannot be written."""
-    targets = {"out": Path(settings.out).expanduser()}
+    targets = {"out": user_path("out", settings.out)}
     if settings.dump is not None:
         if not settings.dump.endswith(".safetensors"):
             raise SettingsError(f"dump is {settings.dump!r}: expected a name ending in .safetensors")
-        targets["dump"] = Path(settings.dump).expanduser()
+        targets["dump"] = user_path("dump", settings.dump)
     for name, path in targets.items():
         file = name == "dump" or is_file(settings.out)
-        try:
-            if file and path.is_dir():
-                raise SettingsError(f"{name}: {path} is a folder, expected a file's name")
-        except OSError as error:
-            raise SettingsError(f"{name}: {path}: {error.strerror or error}") from None
+        if file and path.is_dir():
+            raise SettingsError(f"{name}: {path} is a folder, expected a file's name")
         check_folder(name, path.parent if file else path)
 
 
@@ -136,8 +131,3 @@ def whole_file(path: Path) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
             for folder in made:
                 folder.rmdir()  # those that hold a file stay
-
-
-def save_dump(save: Callable[[Path], None], path: Path) -> None:
-    with whole_file(path) as partial:
-        save(partial)

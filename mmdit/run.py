@@ -5,11 +5,13 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn, get_args, get_origin, get_type_hints
 
-from mmdit.output import check_writable, save_dump, save_images
+from tqdm import tqdm
+
+from mmdit.output import check_writable, save_images, whole_file
 from mmdit.settings import Settings, SettingsError
 
 
@@ -33,7 +35,7 @@ def make_parser() -> Parser:
         if "metavar" in metadata:
             more["metavar"] = metadata["metavar"]
         if name != "prompt":
-            more["default"] = None if f.default is MISSING else f.default
+            more["default"] = f.default
         if get_origin(types[f.name]) is tuple:
             more |= {"action": "append", "default": []}
         shown = "" if f.default in (None, "", ()) or name == "prompt" else " (default: %(default)s)"
@@ -45,25 +47,27 @@ def draw(settings: Settings) -> None:
     """Load, draw, save and report."""
     check_writable(settings)
     start = time.perf_counter()
-    from mmdit.pipeline import Pipeline  # here, so that --help and mistakes answer at once
+    from safetensors.torch import save_file
+
+    from mmdit.pipeline import USER_ERRORS, Pipeline  # here, so that --help and mistakes answer at once
 
     imported = time.perf_counter()
-    pipeline = Pipeline.from_settings(settings)
-    loaded = time.perf_counter()
-    trace = {} if settings.dump else None
-    result = pipeline.run(settings, trace)
-    drawn = time.perf_counter()
-    paths = save_images(result.images, result.settings)
-    if settings.dump and trace is not None:
-        from safetensors.torch import save_file
-
-        dump = Path(settings.dump).expanduser()
-        save_dump(lambda path: save_file(trace, path), dump)
-        paths.append(dump)
+    try:
+        pipeline = Pipeline.from_settings(settings)
+        loaded = time.perf_counter()
+        trace = {} if settings.dump else None
+        result = pipeline.run(settings, trace)
+        drawn = time.perf_counter()
+        for path in save_images(result.images, result.settings):
+            print(path)
+        if settings.dump and trace is not None:
+            with whole_file(Path(settings.dump).expanduser()) as partial:
+                save_file(trace, partial)
+            print(settings.dump)
+    except USER_ERRORS as error:
+        raise SettingsError(str(error)) from error
     seconds = {"import": imported - start, "load": loaded - imported, **result.seconds}
     seconds["save"] = time.perf_counter() - drawn
-    for path in paths:
-        print(path)
     stages = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
     print(f"{stages}; {time.perf_counter() - start:.2f} s in all")
 
@@ -71,32 +75,17 @@ def draw(settings: Settings) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for a user's mistake, 130 when interrupted."""
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-        return attempt(arguments)
-
-
-def attempt(arguments: Sequence[str] | None) -> int:
-    try:
-        settings = Settings(**vars(make_parser().parse_args(arguments)))
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = lambda message, *_: tqdm.write(f"warning: {message}", file=sys.stderr)
         try:
-            draw(settings)
-        except Exception as error:
-            if isinstance(error, user_errors()):
-                raise SettingsError(str(error)) from error
-            raise
-    except SettingsError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: nothing more was written", file=sys.stderr)
-        return 130
+            draw(Settings(**vars(make_parser().parse_args(arguments))))
+        except SettingsError as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted: nothing more was written", file=sys.stderr)
+            return 130
     return 0
-
-
-def user_errors() -> tuple[type[Exception], ...]:
-    """The errors that are the user's to mend; those of the other packages exist only once these are loaded."""
-    pipeline = sys.modules.get("mmdit.pipeline")
-    return pipeline.USER_ERRORS if pipeline else (SettingsError,)
 
 
 if __name__ == "__main__":

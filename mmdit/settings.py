@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from mmdit.config import MMDiTConfig
+
 
 class SettingsError(ValueError):
     """A setting that cannot be used; the message is one line: which, why, and what would be right."""
@@ -31,19 +33,19 @@ class Settings:
         (), "adapter to merge, a file or a folder, with its strength (default 1); repeat it for more",
         metavar="FILE|FOLDER[:SCALE]",
     )  # fmt: skip
-    width: int | None = _setting(None, "picture width in pixels", metavar="W")
-    height: int | None = _setting(None, "picture height in pixels", metavar="H")
-    steps: int | None = _setting(None, "denoising steps", metavar="N")
-    cfg: float | None = _setting(None, "guidance scale; 1 is without guidance, at half the cost", metavar="X")
+    width: int | None = _setting(None, "picture width in pixels (default: the model's own)", metavar="W")
+    height: int | None = _setting(None, "picture height in pixels (default: the model's own)", metavar="H")
+    steps: int | None = _setting(None, "denoising steps (default: the model's own)", metavar="N")
+    cfg: float | None = _setting(
+        None, "guidance scale; 1 is without guidance, at half the cost (default: the model's own)", metavar="X"
+    )
     seed: int = _setting(0, "seed of the first picture; picture i has seed S + i", metavar="S")
     count: int = _setting(1, "number of pictures", metavar="N")
     t5: str = _setting(
         "on", "off: zeros in place of T5's tokens (as diffusers); omit: no such tokens (as ComfyUI)",
         choices=("on", "off", "omit"),
     )  # fmt: skip
-    t5_length: int | None = _setting(
-        None, "tokens that T5 reads, 2 to 512: 77, 154, 256 and 512 are usual", metavar="N"
-    )
+    t5_length: int | None = _setting(None, "tokens that T5 reads, 2 to 512 (default: the model's own)", metavar="N")
     dtype: str = _setting("auto", "number format of the weights", choices=("auto", "bf16", "fp16", "fp32"))
     device: str = _setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     out: str = _setting("out", "PNG file, or folder for files named after prompt and seed", metavar="FILE|FOLDER")
@@ -70,12 +72,16 @@ class Settings:
             value, choices = getattr(self, f.name), f.metadata.get("choices")
             if choices and value not in choices:
                 raise SettingsError(f"{f.name} is {value!r}: expected one of {', '.join(choices)}")
-        for name in ("prompt", "negative"):
+        for name in ("prompt", "negative", "out", "model", "tokenizers", "dump"):
             value = getattr(self, name)
-            if not isinstance(value, str):
+            if not isinstance(value, str) and (value is not None or name in ("prompt", "negative", "out")):
                 raise SettingsError(f"{name} is {value!r}: expected text")
-            if any(0xD800 <= ord(c) <= 0xDFFF for c in value):
+            if any(0xD800 <= ord(c) <= 0xDFFF for c in value or ""):
                 raise SettingsError(f"{name} is {value!a}: not valid Unicode")
+        for lora in self.lora:
+            if any(0xD800 <= ord(c) <= 0xDFFF for c in lora):
+                raise SettingsError(f"lora is {lora!a}: not valid Unicode")
+            split_lora(lora)
         for name in ("steps", "count", "width", "height"):
             value = getattr(self, name)
             if not whole(value) or value < 1:
@@ -84,10 +90,18 @@ class Settings:
             raise SettingsError(f"t5_length is {self.t5_length!r}: expected 2 to 512; 77, 154, 256 and 512 are usual")
         if isinstance(self.cfg, bool) or not isinstance(self.cfg, int | float) or not math.isfinite(self.cfg):
             raise SettingsError(f"cfg is {self.cfg!r}: expected a number, 1 for no guidance")
-        for lora in self.lora:
-            split_lora(lora)
         if not whole(self.seed) or not -(2**63) <= self.seed <= 2**64 - self.count:
             raise SettingsError(f"seed is {self.seed!r}: expected a whole number of at most 64 bits")
+
+
+def user_path(name: str, text: str) -> Path:
+    """A path as the user wrote it, `~` filled in; SettingsError where it cannot be looked at."""
+    try:
+        path = Path(text).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:
+        raise SettingsError(f"{name}: {text}: {getattr(error, 'strerror', None) or error}") from None
+    return path
 
 
 def split_lora(text: str) -> tuple[str, float]:
@@ -96,12 +110,12 @@ def split_lora(text: str) -> tuple[str, float]:
     A path that exists as it stands has no scale at its end.
     """
     path, colon, number = text.rpartition(":")
-    if not colon or Path(text).expanduser().exists():
+    if not colon or user_path("lora", text).exists():
         return text, 1.0
     try:
         scale = float(number)
     except ValueError:
-        if not Path(path).expanduser().exists():
+        if not user_path("lora", path).exists():
             return text, 1.0  # a colon inside the path, not before a scale
         scale = math.nan
     if not path or not math.isfinite(scale):
@@ -133,21 +147,26 @@ def check_defaults(defaults: dict[str, Any], where: str) -> dict[str, Any]:
     return defaults
 
 
-def check_size(settings: Settings, multiple: int, largest: int) -> None:
-    """Raise SettingsError where a side is not a multiple of `multiple` pixels or above `largest`."""
+def check_size(settings: Settings, config: MMDiTConfig, downscale: int) -> None:
+    """Raise SettingsError where a side, if given, is not made of whole patches or leaves the table of positions.
+
+    downscale: picture pixels per latent cell along a side.
+    """
+    multiple = config.patch_size * downscale
+    largest = config.pos_embed_max_size * multiple
     for name in ("width", "height"):
         side = getattr(settings, name)
+        if side is None:
+            continue
+        if side > largest:
+            raise SettingsError(f"{name} {side} is more than the model's table of positions allows: {largest} at most")
         if side % multiple:
             below, above = side // multiple * multiple, (side // multiple + 1) * multiple
             nearest = " or ".join(str(s) for s in (below, above) if 0 < s <= largest)
             raise SettingsError(f"{name} {side} is not a multiple of {multiple}: the nearest are {nearest}")
-        if side > largest:
-            raise SettingsError(
-                f"{name} {side} is larger than the model's table of positions allows: {largest} at most"
-            )
 
 
-def settings_from(keywords: dict[str, Any], base: Settings) -> Settings:
+def settings_from(keywords: dict[str, Any], base: Settings = Settings()) -> Settings:
     """`base` with Python keywords in place; SettingsError for an unknown one, with the name that may be meant."""
     names = [f.name for f in fields(Settings)]
     for name in keywords:

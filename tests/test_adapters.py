@@ -215,6 +215,12 @@ def test_nothing_applies(tmp_path: Path, tensors: dict[str, Tensor], told: str) 
     assert toy.changed() == {}
 
 
+def test_names_from_a_file_cannot_forge_lines(toy: Toy) -> None:
+    tensors = {**lora(FC1, 4 * WIDTH, WIDTH), **lora("x\nerror: \x1b[31m" + "y" * 500, 8, 8)}
+    with pytest.warns(UserWarning, match=r"x\\nerror: \\x1b\[31my{100,150}\.\.\.\)"):
+        toy.add(tensors)
+
+
 def test_a_bias_without_a_place_is_told(toy: Toy) -> None:
     name = "lora_te3_encoder_block_0_layer_0_SelfAttention_q"
     with pytest.warns(UserWarning, match=rf"1 that do not fit \({name} \(bias\) has no place in the model\)"):
@@ -290,6 +296,7 @@ def test_files_that_are_no_adapters(toy: Toy) -> None:
     folder.mkdir()
     cases: dict[Path, str] = {
         toy.folder / "absent.safetensors": "no such file",
+        toy.folder / ("x" * 999): "ame too long",
         toy.write({"model.weight": noise(2)}, "model"): "not an adapter: none of its 1 tensors is named like one's, "
         "the first is model.weight",
         toy.write({}, "nothing"): "not an adapter",

@@ -58,7 +58,7 @@ def test_the_judge_knows_rendered_scenes_and_only_those() -> None:
 @needs_font
 def test_the_judge_tells_left_from_right() -> None:
     scene = Scene(("horse", "bear"), "green", True, ((2, -1), (-2, 2)))
-    assert judge(render(scene)[:, ::1], 2).nouns == ("horse", "bear")
+    assert judge(render(scene), 2).nouns == ("horse", "bear")
     assert judge(render(Scene(("bear", "horse"), "green", True, ((0, 0), (0, 0)))), 2).nouns == ("bear", "horse")
 
 

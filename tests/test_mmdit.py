@@ -23,7 +23,7 @@ from reference import (
 from torch import Tensor, nn
 
 from mmdit.config import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM, TOY, MMDiTConfig
-from mmdit.model import JointBlock, MMDiT, crop_positions
+from mmdit.model import JointBlock, MMDiT, crop_positions, timestep_waves
 
 SIGMAS = (1.0, 0.98738, 0.11, 0.00893)
 PLAIN = replace(TOY, qk_norm=False, dual_attention_blocks=())
@@ -144,7 +144,7 @@ def test_every_weight_matters_in_these_comparisons(config: MMDiTConfig) -> None:
 def test_timestep_and_pooled_text_embed_as_in_diffusers(config: MMDiTConfig) -> None:
     ours, theirs = transformers(config)
     _, sigma, _, pooled = draw(config, 2, 2, 1, SIGMAS)
-    found = ours.t_embedder(1000.0 * sigma) + ours.y_embedder(pooled)
+    found = ours.t_embedder(timestep_waves(1000.0 * sigma)) + ours.y_embedder(pooled)
     expected = theirs.time_text_embed(1000.0 * sigma, pooled)
     for i in range(len(SIGMAS)):
         assert relative_error(found[i], expected[i]) <= 1e-6

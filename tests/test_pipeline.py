@@ -282,6 +282,9 @@ def test_a_senseless_shift_is_refused(broken: Path, shift: object) -> None:
     path.write_text(json.dumps({"shift": shift}))
     with pytest.raises(CheckpointError, match="shift"):
         load(broken)(PROMPT)
+    path.write_text(json.dumps({"shift": 3.0, "use_dynamic_shifting": True}))
+    with pytest.raises(CheckpointError, match="use_dynamic_shifting is not supported"):
+        load(broken)
 
 
 def test_defaults_come_from_the_folder_then_sd35(pipeline: Pipeline) -> None:
@@ -319,7 +322,7 @@ def test_senseless_defaults_are_refused(broken: Path, defaults: dict) -> None:
         ({"steps": 2.0}, "steps is 2.0"),
         ({"count": True}, "count is True"),
         ({"width": 100}, "width 100 is not a multiple of 16: the nearest are 96 or 112"),
-        ({"height": 528}, "height 528 is larger than the model's table of positions allows: 512 at most"),
+        ({"height": 528}, "height 528 is more than the model's table of positions allows: 512 at most"),
         ({"t5_length": "77"}, "t5_length is"),
         ({"t5_length": 77.5}, "t5_length is"),
         ({"seed": 1.5}, "seed is"),
@@ -366,12 +369,13 @@ def test_names_shapes_and_dtypes_of_a_dump(pipelines: dict[str, Pipeline], t5: s
 def test_gradients_reach_latents_outside_the_pipeline(pipeline: Pipeline) -> None:
     """After a run, through frozen weights; against a finite difference."""
     pipeline(PROMPT)
-    settings = pipeline.check(replace(pipeline.settings, prompt=PROMPT))
-    text, latent = pipeline.encode(PROMPT, settings), pipeline.noise(settings).requires_grad_()
+    text, latent = pipeline.encode([PROMPT], 77), pipeline.noise(96, 64, [0]).requires_grad_()
     assert not any(p.requires_grad for p in pipeline.transformer.parameters())
 
+    velocity = pipeline.velocity(text, pipeline.encode([""], 77), cfg=3.0)
+
     def energy(x: Tensor) -> Tensor:
-        return pipeline.transformer(x, torch.tensor([0.5]), text.context, text.pooled).square().sum()
+        return velocity(x, torch.tensor(0.5)).square().sum()
 
     energy(latent).backward()
     assert latent.grad is not None

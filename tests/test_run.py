@@ -228,7 +228,7 @@ def test_a_long_prompt_is_a_warning(desk: Desk) -> None:
 MISTAKES = {
     "--width 100": "width 100 is not a multiple of 16: the nearest are 96 or 112",
     "--height 8": "height 8 is not a multiple of 16: the nearest are 16",
-    "--width 528": "width 528 is larger than the model's table of positions allows: 512 at most",
+    "--width 528": "width 528 is more than the model's table of positions allows: 512 at most",
     "--steps 0": "steps is 0",
     "--count 0": "count is 0",
     "--cfg nan": "cfg is nan",
@@ -242,6 +242,10 @@ MISTAKES = {
     "--seed": "--seed: expected one argument",
     "--dump run.pt": "dump is 'run.pt': expected a name ending in .safetensors",
     "--model none": "none: no such file",
+    "--model ~nosuchuser/x": "~nosuchuser/x: Could not determine home directory",
+    f"--model {'x' * 300}": "File name too long",
+    "--tokenizers ~nosuchuser/x": "tokenizers: ~nosuchuser/x: Could not determine home directory",
+    "--dump ~nosuchuser/x.safetensors": "dump: ~nosuchuser/x.safetensors: Could not determine home directory",
     "--device cuda": "device cuda is not available here: there is",
     "--tokenizers none": "none/tokenizer: no such folder",
 }
@@ -354,16 +358,16 @@ def test_parts_that_do_not_fit_together(desk: Desk) -> None:
 
 @pytest.mark.parametrize(("part", "tensor", "stage"), [
     ("transformer", BIAS, "the latents after step 1 of 2"),
-    ("text_encoder", "text_model.encoder.layers.0.mlp.fc1.bias", "the text encoders' output"),
-    ("text_encoder_2", "text_projection.weight", "the text encoders' output"),
-    ("text_encoder_3", "encoder.final_layer_norm.weight", "the text encoders' output"),
+    ("text_encoder", "text_model.encoder.layers.0.mlp.fc1.bias", "CLIP's context"),
+    ("text_encoder_2", "text_projection.weight", "CLIP's pooled vector"),
+    ("text_encoder_3", "encoder.final_layer_norm.weight", "T5's context"),
     ("vae", "decoder.conv_out.bias", "the decoded picture"),
 ])  # fmt: skip
 def test_nan_names_its_stage(desk: Desk, part: str, tensor: str, stage: str) -> None:
     """One NaN in the weights: the message says where it showed, and neither picture nor dump is written."""
     folder = changed(desk, lambda tensors: tensors[tensor].view(-1)[:1].fill_(torch.nan), part)
     told = desk.refusal("--model", folder, "--dump", desk.folder / "run.safetensors")
-    assert told.startswith(f"error: {stage}: NaN or infinity; --")
+    assert told.startswith(f"error: {stage}: NaN or infinity; the weights may be damaged: compare with another copy")
 
 
 @pytest.mark.parametrize("where", ["euler", "shifted_sigmas", "load_parts"])

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +13,6 @@ from torch import Tensor, nn
 from text_encoders.clip import CLIPTextEncoder
 from text_encoders.t5 import T5Encoder
 from text_encoders.tokenizers import CLIPTokenizer, T5Tokenizer, TokenizerError, Tokens
-
-T5Mode = Literal["on", "off", "omit"]
-
-
-def print_warning(line: str) -> None:
-    print(f"warning: {line}", file=sys.stderr)
 
 
 @dataclass
@@ -45,10 +38,10 @@ class TextEncoder:
     clip_l: CLIPTextEncoder
     clip_g: CLIPTextEncoder
     t5: T5Encoder | None
-    t5_mode: T5Mode = "on"  # "off": zeros in place of T5's tokens (diffusers); "omit": no tokens (ComfyUI)
+    t5_mode: str = "on"  # "off": zeros in place of T5's tokens (diffusers); "omit": no tokens (ComfyUI)
     t5_length: int = 256  # T5's tokens, or its zeros
     width: int = 4096  # W, the transformer's context width
-    warn: Callable[[str], None] = print_warning  # gets one line for every end of a prompt that was cut off
+    warn: Callable[[str], object] = warnings.warn  # gets one line for every end of a prompt that was cut off
 
     def encode(self, texts: list[str]) -> Conditioning:
         """Encode prompts, each module on its device and in its dtype.
@@ -118,7 +111,7 @@ def on_device_of(module: nn.Module, ids: Tensor) -> Tensor:
     return ids.to(next(module.parameters()).device)
 
 
-def warn_of_cuts(batches: dict[str, Tokens], warn: Callable[[str], None]) -> None:
+def warn_of_cuts(batches: dict[str, Tokens], warn: Callable[[str], object]) -> None:
     """One line for every end of a prompt that was cut off, naming all the encoders that lost this end."""
     names = {"clip_l": "CLIP-L", "clip_g": "CLIP-G", "t5": "T5"}
     for i in range(len(batches["clip_l"].lost)):

@@ -116,7 +116,7 @@ class Stack(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         buckets = relative_buckets(x.shape[1], self.config.num_buckets, self.config.max_distance, x.device)
         table = self.block[0].get_submodule("layer.0.SelfAttention.relative_attention_bias")
-        bias = table(buckets).permute(2, 0, 1)[None]  # (1, H, n, n)
+        bias = table(buckets).permute(2, 0, 1)[None].contiguous()  # (1, H, n, n); CUDA's fused kernels refuse strides
         for block in self.block:
             x = block(x, bias)
         return self.final_layer_norm(x)  # (B, n, D)

@@ -58,7 +58,12 @@ class PromptTokenizer:
             raise TokenizerError(f"{folder}: no such folder; {HINT}")
         if not (folder / cls.file).is_file() and not (folder / "tokenizer.json").is_file():
             raise TokenizerError(f"{folder / cls.file}: no such file (nor tokenizer.json); {HINT}")
-        return cls.build(folder)
+        try:
+            return cls.build(folder)
+        except TokenizerError:
+            raise
+        except (OSError, LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
+            raise TokenizerError(f"{folder}: not the files of a tokenizer: {one_line(error)}") from None
 
     @classmethod
     def build(cls, folder: Path) -> Self:

@@ -7,7 +7,6 @@ section 5.2, 16 channels). Modules and parameters carry the names of the publish
 Shapes: B batch, C channels, H W rows and columns of the picture, h w of the latent (H / 8, W / 8 for four levels).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +41,7 @@ class VAEConfig:
     def from_json(cls, config: dict) -> "VAEConfig":
         """From the `vae/config.json` of a diffusers folder; what it leaves out keeps SD3's value."""
         known = {
-            "block_out_channels": lambda v: tuple(v),
+            "block_out_channels": tuple,
             "layers_per_block": int,
             "latent_channels": int,
             "norm_num_groups": int,
@@ -109,14 +108,10 @@ class Encoder(nn.Module):
         super().__init__()
         widths, groups = config.block_out_channels, config.norm_num_groups
         self.conv_in = nn.Conv2d(config.image_channels, widths[0], 3, padding=1)
-        self.down = nn.ModuleList()
-        for level, width in enumerate(widths):
-            previous = widths[max(level - 1, 0)]
-            self.down.append(
-                Level(previous, width, config.layers_per_block, groups)
-                if level == len(widths) - 1
-                else Level(previous, width, config.layers_per_block, groups, downsample=Downsample(width))
-            )
+        self.down = nn.ModuleList(
+            DownLevel(widths[max(i - 1, 0)], width, config.layers_per_block, groups, last=i == len(widths) - 1)
+            for i, width in enumerate(widths)
+        )
         self.mid = Middle(widths[-1], groups)
         self.norm_out = GroupNorm(groups, widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
@@ -135,14 +130,10 @@ class Decoder(nn.Module):
         widths, groups = config.block_out_channels, config.norm_num_groups
         self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1], groups)
-        self.up = nn.ModuleList()
-        for level, width in enumerate(widths):
-            previous = widths[min(level + 1, len(widths) - 1)]
-            self.up.append(
-                Level(previous, width, config.layers_per_block + 1, groups)
-                if level == 0
-                else Level(previous, width, config.layers_per_block + 1, groups, upsample=Upsample(width))
-            )
+        self.up = nn.ModuleList(
+            UpLevel(widths[min(i + 1, len(widths) - 1)], width, config.layers_per_block + 1, groups, last=i == 0)
+            for i, width in enumerate(widths)
+        )
         self.norm_out = GroupNorm(groups, widths[0])
         self.conv_out = nn.Conv2d(widths[0], config.image_channels, 3, padding=1)
 
@@ -153,20 +144,32 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))  # (B, 3, H, W)
 
 
-class Level(nn.Module):
-    """All residual blocks of one resolution, then the step to the next, named `downsample` or `upsample`."""
+class DownLevel(nn.Module):
+    """The encoder's residual blocks at one resolution, then the step to half of it, except after the last."""
 
-    def __init__(self, width_in: int, width: int, blocks: int, groups: int, **resample: nn.Module) -> None:
+    def __init__(self, width_in: int, width: int, blocks: int, groups: int, last: bool) -> None:
         super().__init__()
-        self.block = nn.ModuleList(ResnetBlock(width_in if i == 0 else width, width, groups) for i in range(blocks))
-        self.resample = tuple(resample)
-        for name, module in resample.items():
-            self.add_module(name, module)
+        self.block = residual_blocks(width_in, width, blocks, groups)
+        self.downsample = nn.Identity() if last else Downsample(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        for module in (*self.block, *(self.get_submodule(name) for name in self.resample)):
-            x = module(x)
-        return x
+        return self.downsample(self.block(x))
+
+
+class UpLevel(nn.Module):
+    """The decoder's residual blocks at one resolution, then the step to twice it, except after the last."""
+
+    def __init__(self, width_in: int, width: int, blocks: int, groups: int, last: bool) -> None:
+        super().__init__()
+        self.block = residual_blocks(width_in, width, blocks, groups)
+        self.upsample = nn.Identity() if last else Upsample(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.upsample(self.block(x))
+
+
+def residual_blocks(width_in: int, width: int, blocks: int, groups: int) -> nn.Sequential:
+    return nn.Sequential(*(ResnetBlock(width_in if i == 0 else width, width, groups) for i in range(blocks)))
 
 
 class Middle(nn.Module):
@@ -187,9 +190,7 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(width_in, width, 3, padding=1)
         self.norm2 = GroupNorm(groups, width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
-        self.nin_shortcut: Callable[[Tensor], Tensor] = identity
-        if width_in != width:
-            self.nin_shortcut = nn.Conv2d(width_in, width, 1)
+        self.nin_shortcut = nn.Identity() if width_in == width else nn.Conv2d(width_in, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv1(F.silu(self.norm1(x)))
@@ -210,7 +211,10 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         normed = self.norm(x)
-        q, k, v = (rearrange(project(normed), "b c h w -> b 1 (h w) c") for project in (self.q, self.k, self.v))
+        # Contiguous, for only then attention needs no table of all scores (4 GB at 1440x1440 in float32).
+        q, k, v = (
+            rearrange(project(normed), "b c h w -> b 1 (h w) c").contiguous() for project in (self.q, self.k, self.v)
+        )
         y = F.scaled_dot_product_attention(q, k, v)  # (B, 1, h * w, C)
         return x + self.proj_out(rearrange(y, "b 1 (h w) c -> b c h w", h=x.shape[2]))
 
@@ -236,7 +240,3 @@ class Upsample(nn.Module):
 class GroupNorm(nn.GroupNorm):
     def __init__(self, groups: int, width: int) -> None:
         super().__init__(groups, width, eps=1e-6)
-
-
-def identity(x: Tensor) -> Tensor:
-    return x

@@ -106,10 +106,12 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
     Reads no tensor. CheckpointError, naming what would be right, for anything else.
     """
-    path = Path(path).expanduser()
-    if path.is_dir():
-        return _open_folder(path)
-    return _open_single_file(path)
+    try:
+        path = Path(path).expanduser()
+        folder = path.is_dir()
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    return _open_folder(path) if folder else _open_single_file(path)
 
 
 # ---- diffusers folder ----------------------------------------------------------------------------

@@ -19,7 +19,7 @@ def fill(
     component: Component,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Module:
     """Fill a module built under `torch.device("meta")`; returns it frozen (no gradients) and in eval mode.
 
@@ -34,11 +34,13 @@ def fill(
     """
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     _check(module, component, wanted)
+    tensors: dict[str, torch.Tensor] = {}
     for name in wanted:
         tensor = aligned(component.read(name).to(device=device, dtype=dtype))
-        _assign(module, name, tensor)
+        tensors[name] = tensor
         if progress is not None:
             progress(tensor.nbytes)
+    module.load_state_dict(tensors, strict=True, assign=True)
     # A buffer outside the state dict cannot come from a file: its module has to make it without "meta".
     empty = [name for name, buffer in module.named_buffers() if buffer.is_meta]
     assert not empty, f"buffers without values after filling: {empty}"
@@ -73,13 +75,3 @@ def _check(module: nn.Module, component: Component, wanted: dict[str, tuple[int,
 
 def _first(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
-
-
-def _assign(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    path, _, leaf = name.rpartition(".")
-    owner = module.get_submodule(path)
-    if leaf in owner._parameters:
-        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-    else:
-        assert leaf in owner._buffers, f"{name} is neither a parameter nor a buffer"
-        owner._buffers[leaf] = tensor

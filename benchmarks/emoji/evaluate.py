@@ -10,32 +10,31 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from benchmarks.emoji.judge import interval, judge
 from benchmarks.emoji.scenes import Scene, random_scene, render
 from benchmarks.emoji.train_vae import reconstruction_db
 from mmdit import Pipeline, Settings
-from samplers import shifted_sigmas
+from samplers import euler, shifted_sigmas
 
 TARGETS = {"single": 0.95, "background": 0.98, "pair, seen": 0.80, "pair, unseen": 0.60, "single, t5 off": 0.90}
 BATCH = 50
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def draw(pipe: Pipeline, captions: list[str], settings: Settings) -> np.ndarray:
     """One picture per caption, picture i from seed + i, with the pipeline's own stages; uint8 `(B, S, S, 3)`."""
-    settings = pipe.check(replace(settings, count=len(captions)))
-    text = replace(pipe.text, t5_length=settings.t5_length or 1)
-    cond, uncond = text.encode(captions), text.encode([settings.negative])
-    sigmas = shifted_sigmas(settings.steps or 1, pipe.shift)
-    bar = tqdm(disable=True)
-    latents = pipe.denoise(pipe.noise(settings), sigmas, cond, uncond, settings, bar)
-    return pipe.decode(latents, bar).numpy()
+    s = pipe.check(replace(settings, count=len(captions)))
+    assert s.width and s.height and s.steps and s.t5_length and s.cfg is not None
+    cond, uncond = pipe.encode(captions, s.t5_length), pipe.encode([s.negative], s.t5_length)
+    noise = pipe.noise(s.width, s.height, range(s.seed, s.seed + s.count))
+    velocity = pipe.velocity(cond, uncond, s.cfg, s.count)
+    return pipe.decode(euler(velocity, noise, shifted_sigmas(s.steps, pipe.shift))).numpy()
 
 
 def scenes_of(kind: str, count: int, seed: int) -> list[Scene]:
@@ -112,7 +111,7 @@ def main() -> None:
     image = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1.0
     quality = reconstruction_db(Pipeline.load(args.model, t5="off", dtype="fp32").vae, image)
 
-    report = {"reconstruction_db": round(quality, 2), "judge": judge_itself(1000, args.seed)}
+    report: dict[str, Any] = {"reconstruction_db": round(quality, 2), "judge": judge_itself(1000, args.seed)}
     print(f"reconstruction of 200 scenes: {quality:.2f} dB (target 28)")
     print(f"the judge is right about {100 * report['judge']:.1f} % of 1000 rendered scenes")
     print(f"{'':16} {'rate':>7}  {'95 % interval':>15}  {'n':>5}  target")

@@ -4,6 +4,8 @@ PyTorch's own backward took half of the autoencoder's training step; written as 
 multiply-add over the tensor it takes a fifth of that. The forward pass is PyTorch's.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -40,9 +42,13 @@ class _GroupNorm(torch.autograd.Function):
         return dx, sum_dy_xhat.sum(0).view(c), sum_dy.sum(0).view(c), None, None
 
 
-def speed_up(module: nn.Module) -> nn.Module:
+def speed_up(module: nn.Module) -> None:
     """Give every group norm inside `module` the faster backward pass; values stay the same within rounding."""
     for norm in module.modules():
         if isinstance(norm, nn.GroupNorm):
-            norm.forward = lambda x, n=norm: _GroupNorm.apply(x, n.weight, n.bias, n.num_groups, n.eps)
-    return module
+            faster = partial(_apply, norm)
+            setattr(norm, "forward", faster)  # noqa: B010
+
+
+def _apply(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    return _GroupNorm.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps)  # type: ignore[return-value]

@@ -4,7 +4,7 @@ The glyphs are those of Noto Color Emoji (Debian package fonts-noto-color-emoji,
 A scene is a pure function of its fields, so a picture can be rendered again for comparison.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from random import Random
@@ -72,8 +72,8 @@ _INDEX = {noun: i for i, noun in enumerate(NOUNS)}
 
 
 def random_scene(rng: Random, subjects: int | None = None, unseen: bool = False) -> Scene:
-    """Draw a scene. `subjects` 1 or 2 (default: two in three scenes are pairs); `unseen` draws held-out pairs only."""
-    count = subjects or (1 if rng.random() < 1 / 3 else 2)
+    """Draw a scene. `subjects` 1 or 2 (default: half of the scenes are pairs); `unseen` draws held-out pairs only."""
+    count = subjects or (1 if rng.random() < 1 / 2 else 2)
     names = list(NOUNS)
     nouns = tuple(rng.sample(names, count))
     while count == 2 and held_out(*nouns) != unseen:
@@ -120,11 +120,7 @@ def glyph(noun: str, side: int) -> np.ndarray:
     canvas = Image.new("RGBA", (160, 160), (0, 0, 0, 0))
     ImageDraw.Draw(canvas).text((8, 8), NOUNS[noun].rstrip("\ufe0f"), font=font, embedded_color=True)
     ink = canvas.crop(canvas.getbbox())
-    square = Image.new("RGBA", (max(ink.size),) * 2, (0, 0, 0, 0))
+    square = Image.new("RGBA", (max(ink.size), max(ink.size)), (0, 0, 0, 0))
     square.paste(ink, ((square.width - ink.width) // 2, (square.height - ink.height) // 2))
     # Resampled with premultiplied alpha, or dark fringes of transparent pixels would bleed in.
     return np.asarray(square.convert("RGBa").resize((side, side), Image.Resampling.LANCZOS).convert("RGBA"), np.float32)
-
-
-def without_colour(scene: Scene) -> Scene:
-    return replace(scene, named_colour=False)

@@ -7,6 +7,7 @@ Whole captions and single encoders are dropped at random, so that guidance and r
 
 import argparse
 import time
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
@@ -118,7 +119,7 @@ class Pool:
         state = torch.load(work / "vae.pt", weights_only=True)["average"]
         self.vae = Autoencoder(VAE_CONFIG)
         self.vae.load_state_dict(state)
-        self.vae.to(memory_format=torch.channels_last).requires_grad_(False)
+        self.vae.requires_grad_(False)
         self.rng, self.size = Random(seed), size
         self.latents, self.tokens = self.make(count)
         self.shift, self.scale = float(self.latents.mean()), 1.0 / float(self.latents.std())
@@ -150,7 +151,7 @@ class Pool:
         return (self.latents[rows] - self.shift) * self.scale, tokens
 
 
-def loss_of(model: nn.Module, latent: Tensor, tokens: dict[str, Tensor]) -> Tensor:
+def loss_of(model: Callable[..., Tensor], latent: Tensor, tokens: dict[str, Tensor]) -> Tensor:
     count = len(latent)
     noise = torch.randn_like(latent)
     sigma = torch.sigmoid(torch.randn(count) + 0.3)

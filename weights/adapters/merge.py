@@ -64,7 +64,12 @@ class Adapters:
 
     def plan(self, path: str | Path) -> Plan:
         """What `add` would do, from the file's header; raises what it would raise for the names and shapes."""
-        return make_plan(Path(path).expanduser(), self._lookup, self._modules)
+        try:
+            path = Path(path).expanduser()
+            path.exists()
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+        return make_plan(path, self._lookup, self._modules)
 
     def add(self, path: str | Path, scale: float = 1.0) -> Report:
         """Merge an adapter, a file or a folder, on top of those that are in; scale 0 leaves the weights as they were.

@@ -1,0 +1,75 @@
+"""Every device, number format and T5 mode draws, near to the float32 picture of the CPU."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from reference import relative_error
+from torch import Tensor
+
+from benchmarks.emoji.tokenizers import write_tokenizers
+from benchmarks.random_checkpoint import write_checkpoint
+from mmdit import Pipeline, Settings
+
+NEAR = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.05}
+cuda = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("modes")
+    write_tokenizers(root / "tokenizers", captions=2000)
+    defaults = {"width": 96, "height": 64, "steps": 3, "cfg": 3.0, "t5_length": 20}
+    write_checkpoint(root / "toy", tokenizers=root / "tokenizers", defaults=defaults, clip_vocab=1024, t5_vocab=512)
+    return root / "toy"
+
+
+def latents(folder: Path, t5: str, dtype: str, device: str, **settings: float) -> tuple[Pipeline, dict[str, Tensor]]:
+    pipeline, trace = Pipeline.load(folder, t5=t5, dtype=dtype, device=device), {}
+    own = Settings(prompt="a horse", model=str(folder), t5=t5, dtype=dtype, device=device, **settings)  # type: ignore[arg-type]
+    pipeline.run(own, trace)
+    return pipeline, trace
+
+
+@pytest.mark.parametrize("device", ["cpu", cuda])
+@pytest.mark.parametrize("dtype", NEAR)
+@pytest.mark.parametrize("t5", ["on", "off", "omit"])
+def test_it_draws(folder: Path, t5: str, dtype: str, device: str) -> None:
+    pipeline, trace = latents(folder, t5, dtype, device)
+    _, exact = latents(folder, t5, "fp32", "cpu")
+    assert relative_error(trace["latents.2"], exact["latents.2"]) <= NEAR[dtype]
+    assert all(tensor.device.type == "cpu" for tensor in trace.values())
+    assert torch.equal(trace["noise"], exact["noise"])
+    if pipeline.text.t5 is not None:
+        assert next(pipeline.text.t5.parameters()).dtype != torch.float16
+    assert pipeline.transformer.context_embedder.weight.dtype == pipeline.dtype
+
+
+def test_guidance_0_draws_the_negative_and_1_the_prompt(folder: Path) -> None:
+    """cfg 0 with a negative prompt equals cfg 1 with that text as the prompt."""
+    _, none = latents(folder, "on", "fp32", "cpu", cfg=0)
+    pipeline, trace = Pipeline.load(folder, dtype="fp32", device="cpu"), {}
+    pipeline.run(Settings(prompt="", model=str(folder), dtype="fp32", device="cpu", cfg=1.0), trace)
+    assert relative_error(none["latents.2"], trace["latents.2"]) <= 1e-5
+    _, guided = latents(folder, "on", "fp32", "cpu", cfg=1)
+    assert relative_error(guided["latents.2"], trace["latents.2"]) > 1e-3
+
+
+def test_texts_in_one_pass_are_the_texts_alone(folder: Path) -> None:
+    pipeline = Pipeline.load(folder, dtype="fp32", device="cpu")
+    both = pipeline.encode(["a horse", "a bear"], 20)
+    for i, text in enumerate(("a horse", "a bear")):
+        alone = pipeline.encode([text], 20)
+        assert relative_error(both.context[i], alone.context[0]) <= 1e-6
+        assert relative_error(both.pooled[i], alone.pooled[0]) <= 1e-6
+
+
+def test_running_out_of_device_memory_is_the_users_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = Pipeline.load(folder, device="cpu")
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(pipeline.vae, "decode", fail)
+    with pytest.raises(ValueError, match=r"^decode: the device's memory does not suffice; try --t5 off"):
+        pipeline("a horse")
