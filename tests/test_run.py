@@ -397,5 +397,4 @@ def test_unknown_tensors_are_one_warning(desk: Desk) -> None:
     save_file({**load_file(desk.single), "extra.weight": torch.zeros(1)}, desk.folder / "more.safetensors")
     size = ("--width", 64, "--height", 64, "--steps", 1, "--tokenizers", desk.tokenizers)
     ran = desk.run("a horse", "--model", desk.folder / "more.safetensors", *size)
-    assert (ran.code, len(ran.errors), desk.files()) == (0, 1, ["a-horse-0.png"])
-    assert ran.errors[0].startswith("warning: ")
+    assert (ran.code, [line[:9] for line in ran.errors], desk.files()) == (0, ["warning: "], ["a-horse-0.png"])
