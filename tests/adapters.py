@@ -53,7 +53,7 @@ class Toy:
     def write(self, tensors: Mapping[str, Tensor], name: str = "a", metadata: dict[str, str] | None = None) -> Path:
         path = self.folder / f"{name}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({key: t.contiguous() for key, t in tensors.items()}, path, metadata)
+        save_file({key: t.contiguous().clone() for key, t in tensors.items()}, path, metadata)
         return path
 
     def add(self, tensors: Mapping[str, Tensor], scale: float = 1.0, name: str = "a", **metadata: str) -> Report:

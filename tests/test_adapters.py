@@ -221,6 +221,15 @@ def test_names_from_a_file_cannot_forge_lines(toy: Toy) -> None:
         toy.add(tensors)
 
 
+def test_two_spellings_of_a_module_count_once(toy: Toy) -> None:
+    tensors, kohya = lora(FC1, 4 * WIDTH, WIDTH), "lora_unet_joint_blocks_0_x_block_mlp_fc1"
+    again = {key.replace(FC1, kohya): t for key, t in tensors.items()}
+    with pytest.warns(UserWarning, match=rf"1 that do not fit \({kohya} is {FC1} again\)"):
+        toy.add({**tensors, **again, f"diffusion_model.{FC1}.diff_b": noise(4 * WIDTH)})
+    assert close(toy.changed()["transformer", f"{FC1}.weight"], delta(tensors, FC1))
+    assert close(toy.changed()["transformer", f"{FC1}.bias"], noise(4 * WIDTH))
+
+
 def test_a_bias_without_a_place_is_told(toy: Toy) -> None:
     name = "lora_te3_encoder_block_0_layer_0_SelfAttention_q"
     with pytest.warns(UserWarning, match=rf"1 that do not fit \({name} \(bias\) has no place in the model\)"):

@@ -40,7 +40,7 @@ _IGNORED_STARTS = ("model_ema.", "denoiser.sigmas", "loss.")
 _IGNORED_ENDS = ("logit_scale", "scaled_fp8", "embeddings.position_ids", "spiece_model")
 
 _OTHER_MODEL = "this engine runs Stable Diffusion 3 and 3.5 only"
-_ADAPTER = "an adapter (LoRA), not a checkpoint; give the model it was trained on"
+_ADAPTER = "an adapter (LoRA), not a checkpoint; give the model it was trained on, and this with --lora"
 _ALONE = "alone; give a file or folder with the transformer"
 
 # What a file without an SD3 transformer turns out to be: (part of a key, what to tell the user).

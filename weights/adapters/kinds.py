@@ -174,8 +174,11 @@ def magnitude_shape(shapes: Shapes, weight: Shape) -> Shape | None:
 
 def changed(weight: Tensor, kind: Kind, tensors: Tensors, factor: float, strength: float) -> Tensor:
     """A new tensor: `weight`, float32, under an adapter of this kind. factor: s; strength: 0 off, 1 as trained."""
-    delta = kind.delta(tensors).reshape(weight.shape)
     shape = magnitude_shape({role: tuple(t.shape) for role, t in tensors.items()}, tuple(weight.shape))
+    if kind is LORA and shape is None and "mid" not in tensors:  # the usual case, without a delta of its own
+        up, down = tensors["up"].flatten(1), tensors["down"].flatten(1)
+        return torch.addmm(weight.flatten(1), up, down, alpha=strength * factor).reshape(weight.shape)
+    delta = kind.delta(tensors).reshape(weight.shape)
     if kind is SET:
         return weight + strength * (delta - weight)
     if shape is None:

@@ -43,7 +43,10 @@ class Active:
 
 
 class Adapters:
-    """The adapters of a model. Modules are not to be moved or converted while one is in."""
+    """The adapters of a model. Its modules are not to be moved or converted while one is in.
+
+    The original of a changed weight stays where it is, so that it takes memory twice unless it lies in a mapped file.
+    """
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         """modules: filled, or on "meta" for `plan` alone, of "transformer", "clip_l", "clip_g" and "t5"."""
@@ -167,19 +170,21 @@ def _factor(plan: Plan, module: str, tensors: Tensors) -> float:
 
 def _merged(name: str, original: Tensor, todo: list[tuple[Active, Change]]) -> Tensor:
     """A new tensor: the original under all changes, in order. Raises CheckpointError where it is not finite."""
-    value = original.detach().to(torch.float32, copy=True)
+    some = any(change.step.target.rows for _, change in todo)
+    value = original.detach().to(torch.float32, copy=some)  # rows are written into it, all of it is replaced
     for adapter, change in todo:
         target = change.step.target
-        rows = value if target.rows is None else value[slice(*target.rows)]
-        # In the order of rows that the adapter was trained on.
-        seen = _swapped(rows) if target.swap else rows
         tensors = {role: t.to(value.device, torch.float32) for role, t in change.tensors.items()}
-        seen = (
-            _bias(seen, change, tensors, adapter) if name.endswith(".bias") else _weight(seen, change, tensors, adapter)
-        )
-        rows.copy_(_swapped(seen) if target.swap else seen)
+        rows = value if target.rows is None else value[slice(*target.rows)]
+        seen = _swapped(rows) if target.swap else rows  # in the order of rows that the adapter was trained on
+        new = (_bias if name.endswith(".bias") else _weight)(seen, change, tensors, adapter)
+        new = _swapped(new) if target.swap else new
+        if target.rows is None:
+            value = new
+        else:
+            rows.copy_(new)
     result = value.to(original.dtype)
-    if not bool(torch.isfinite(result).all()):
+    if not all(map(math.isfinite, torch.stack(torch.aminmax(result)).tolist())):
         path, dtype = todo[-1][0].path, str(original.dtype).removeprefix("torch.")
         raise CheckpointError(f"{path}: with it {name} has NaN or infinity in {dtype}: expected finite numbers")
     return result

@@ -78,6 +78,7 @@ def make_plan(path: Path, lookup: Lookup, components: Iterable[str]) -> Plan:
         raise CheckpointError(f"{path}: an adapter for {stranger}; this model is Stable Diffusion 3 or 3.5{here}")
     report.unknown += file.unknown
     steps: dict[str, Step] = {}
+    claimed: dict[tuple[Target, str], str] = {}
     for module, roles in shapes.items():
         target = lookup.find(module)
         if owner(module) not in components:
@@ -86,7 +87,9 @@ def make_plan(path: Path, lookup: Lookup, components: Iterable[str]) -> Plan:
             report.unknown.append(module)
         elif target is not None:
             try:
-                steps[module] = _step(target, roles)
+                step = _step(target, roles)
+                _claim(claimed, module, step)
+                steps[module] = step
             except ValueError as error:
                 report.unfit[module] = str(error)
             else:
@@ -120,6 +123,15 @@ def _step(target: Target, shapes: Shapes) -> Step:
     if kind is None and not found:
         raise ValueError(f"has only {', '.join(shapes)}")
     return Step(target, kind, bool(found) and target.bias)
+
+
+def _claim(claimed: dict[tuple[Target, str], str], module: str, step: Step) -> None:
+    """Raises ValueError where the file has the same rows under another name: some converters write two spellings."""
+    leaves = [leaf for leaf, there in (("weight", step.kind), ("bias", step.bias)) if there]
+    for leaf in leaves:
+        if (step.target, leaf) in claimed:
+            raise ValueError(f"is {claimed[step.target, leaf]} again")
+    claimed.update({(step.target, leaf): module for leaf in leaves})
 
 
 def _name(path: Path) -> str:
