@@ -7,9 +7,11 @@ by rounding alone; `--direct` compares them with each other all the same, where 
 """
 
 import argparse
+import copy
 import gc
 import json
 import logging
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +21,10 @@ import torch
 from torch import Tensor
 
 from mmdit import Pipeline, Settings
+from mmdit.loading import DTYPES
 from samplers import shifted_sigmas
 
 PROMPTS = ["a horse and a bear on a green background", ""]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Outputs = dict[str, Tensor]
 
 
@@ -45,6 +47,12 @@ class Inputs:
         self.context = torch.randn(1, tokens, config.context_size, generator=generator)
         self.pooled = torch.randn(1, config.pooled_size, generator=generator)
         self.sigma = torch.tensor([0.8])
+
+    def at(self, dtype: str) -> "Inputs":
+        """The same for a pipeline of another number format."""
+        other = copy.copy(self)
+        other.settings = replace(self.settings, dtype=dtype)
+        return other
 
 
 @torch.no_grad()
@@ -79,7 +87,7 @@ def theirs(folder: Path, dtype: torch.dtype, inputs: Inputs) -> Outputs:
 
     settings, out = inputs.settings, Outputs()
     without = {} if settings.t5 == "on" else {"text_encoder_3": None, "tokenizer_3": None}
-    pipe: Any = StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=dtype, **without)
+    pipe: Any = StableDiffusion3Pipeline.from_pretrained(folder, dtype=dtype, **without)
     pipe.set_progress_bar_config(disable=True)
     names = {"clip_l": ("", "tokenizer"), "clip_g": ("_2", "tokenizer_2"), "t5": ("_3", "tokenizer_3")}
     for name, (suffix, tokenizer) in names.items():
@@ -115,7 +123,8 @@ def theirs(folder: Path, dtype: torch.dtype, inputs: Inputs) -> Outputs:
 
 
 def freed(make: Callable[[], Outputs]) -> Outputs:
-    """What `make` returns, with the models it loaded gone from memory."""
+    """What `make` returns, with the models that were loaded before and in it gone from memory."""
+    gc.collect()
     out = make()
     gc.collect()
     return out
@@ -124,7 +133,7 @@ def freed(make: Callable[[], Outputs]) -> Outputs:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--width", type=int)
     parser.add_argument("--height", type=int)
     parser.add_argument("--steps", type=int, default=28)
@@ -135,18 +144,20 @@ def main() -> None:
     parser.add_argument("--direct", action="store_true", help="do not compute in float32, compare directly")
     args = parser.parse_args()
     logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore", FutureWarning)
 
-    def load(dtype: str) -> tuple[Pipeline, Inputs]:
-        pipe = Pipeline.load(args.folder, dtype=dtype, device="cpu", t5=args.t5)
-        wanted = {name: getattr(args, name) for name in ("width", "height", "steps", "cfg", "t5_length", "seed")}
-        settings = pipe.check(replace(pipe.settings, **wanted))
-        return pipe, Inputs(pipe, settings)
+    def load(dtype: str) -> Pipeline:
+        return Pipeline.load(args.folder, dtype=dtype, device="cpu", t5=args.t5)
 
-    dtype = DTYPES[args.dtype]
-    mine = freed(lambda: ours(*load(args.dtype)))
-    other = freed(lambda: theirs(args.folder, dtype, load(args.dtype)[1]))
+    pipe: Pipeline | None = load(args.dtype)
+    wanted = {name: getattr(args, name) for name in ("width", "height", "steps", "cfg", "t5_length", "seed")}
+    inputs = Inputs(pipe, pipe.check(replace(pipe.settings, **wanted)))
+    mine = ours(pipe, inputs)
+    pipe = None  # one model at a time: two of full size in float32 are more than most machines hold
+
+    other = freed(lambda: theirs(args.folder, DTYPES[args.dtype], inputs))
     direct = args.direct or args.dtype == "fp32"
-    reference = other if direct else freed(lambda: ours(*load("fp32")))
+    reference = other if direct else ours(load("fp32"), inputs.at("fp32"))
     print(f"{args.folder}, {args.dtype}, torch {torch.__version__}")
     report: dict[str, Any] = {"dtype": args.dtype}
     if direct:

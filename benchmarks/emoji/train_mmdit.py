@@ -107,7 +107,8 @@ class Pool:
 
     def __init__(self, work: Path, count: int, size: int, seed: int) -> None:
         folder = work / "tokenizers"
-        write_tokenizers(folder)
+        if not folder.exists():  # a resumed run keeps the ids that its embeddings were trained with
+            write_tokenizers(folder)
         clip_l, clip_g = (CLIPTokenizer.load(folder / name) for name in ("tokenizer", "tokenizer_2"))
         t5 = T5Tokenizer.load(folder / "tokenizer_3")
         self.tokenize = {
