@@ -1,6 +1,7 @@
 """From settings to loaded parts: which file becomes which module, on which device, in which number format."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from tqdm import tqdm
 from mmdit.config import MMDiTConfig
 from mmdit.defaults import default_settings
 from mmdit.model import MMDiT
-from mmdit.settings import Settings, SettingsError, check_defaults, check_size, user_path
+from mmdit.settings import Settings, SettingsError, check_defaults, check_size, split_lora, user_path
 from text_encoders import (
     CLIPConfig,
     CLIPTextEncoder,
@@ -24,6 +25,7 @@ from text_encoders import (
 )
 from vae import Autoencoder, VAEConfig
 from weights import Checkpoint, CheckpointError, Component, fill, hub, open_checkpoint
+from weights.adapters import Adapters
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DEMO = Path(__file__).parent.parent / "weights" / "demo"
@@ -71,6 +73,9 @@ def load_parts(settings: Settings) -> Parts:
     empty |= {name: build(components[name]) for name in wanted if name != "transformer"}
     check_together(components, empty)
     check_size(settings, empty["transformer"].config, empty["vae"].config.downscale)
+    adapters = adapters_of(empty)
+    for lora in settings.lora:
+        adapters.plan(split_lora(lora)[0])
     size = sum(p.numel() * part_dtype(n, dtype).itemsize for n in wanted for p in empty[n].state_dict().values())
     with tqdm(total=size, desc="load", unit="B", unit_scale=True, disable=None, leave=False) as bar:
         full = {n: fill(empty[n], components[n], part_dtype(n, dtype), device, bar.update) for n in wanted}
@@ -83,6 +88,11 @@ def load_parts(settings: Settings) -> Parts:
         width=full["transformer"].config.context_size,
     )
     return Parts(full["transformer"], text, full["vae"], defaults, shift, device, dtype)
+
+
+def adapters_of(parts: Mapping[str, nn.Module | None]) -> Adapters:
+    """The adapters of those parts that have any, the transformer and the text encoders that are there."""
+    return Adapters({name: part for name, part in parts.items() if part is not None and name != "vae"})
 
 
 PARTS: dict[str, tuple[type[nn.Module], Any]] = {

@@ -64,14 +64,14 @@ def parameters(settings: Settings) -> str:
         "Model": Path(settings.model).name if settings.model else "demo",
     }
     told = ("prompt", "negative", "steps", "cfg", "seed", "width", "height", "model", "out", "dump", "count")
-    own = {name: value for name, value in asdict(settings).items() if name not in told and value is not None}
+    own = {name: value for name, value in asdict(settings).items() if name not in told and value not in (None, ())}
     pairs = ", ".join(f"{name}: {quoted(value)}" for name, value in {**known, **own, "Version": engine()}.items())
     negative = f"\nNegative prompt: {settings.negative}" if settings.negative else ""
     return f"{settings.prompt}{negative}\n{pairs}"
 
 
 def quoted(value: object) -> str:
-    text = str(value)
+    text = ", ".join(value) if isinstance(value, tuple) else str(value)
     return json.dumps(text, ensure_ascii=False) if re.search(r'[,:"\n]', text) else text
 
 

@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from mmdit.loading import DTYPES, Parts, load_parts
-from mmdit.settings import LOADED, Settings, SettingsError, check_size, settings_from
+from mmdit.loading import DTYPES, Parts, adapters_of, load_parts
+from mmdit.settings import LOADED, Settings, SettingsError, check_size, settings_from, split_lora
 from samplers import Step, classifier_free_guidance, euler, shifted_sigmas
 from samplers.guidance import Velocity
 from text_encoders import Conditioning, TokenizerError
@@ -49,17 +49,25 @@ class Pipeline:
     """A loaded model, ready to draw. Build one with `Pipeline.load`."""
 
     def __init__(self, parts: Parts, settings: Settings) -> None:
-        """settings: what loading fixed is read from it (`LOADED`)."""
+        """settings: what loading fixed is read from it (`LOADED`).
+
+        `adapters` adds more adapters, rescales them and takes them out.
+        """
         self.transformer, self.text, self.vae = parts.transformer, parts.text, parts.vae
         self.defaults, self.shift, self.device, self.dtype = parts.defaults, parts.shift, parts.device, parts.dtype
         self.settings = settings
+        encoders = {"clip_l": self.text.clip_l, "clip_g": self.text.clip_g, "t5": self.text.t5}
+        self.adapters = adapters_of({"transformer": self.transformer, **encoders})
+        for path, scale in map(split_lora, settings.lora):
+            self.adapters.add(path, scale)
 
     @classmethod
     def load(cls, model: str | Path | None = None, **keywords: Any) -> "Pipeline":
         """Load a diffusers folder, a single file or a model of the hub, or without an argument the demo model.
 
-        keywords: `clip_l`, `clip_g`, `t5xxl`, `vae`, `tokenizers`, `device`, `dtype`, `t5`, as in Settings; without
-        T5 its weights are not opened. Raises one of USER_ERRORS, each a ValueError with a one-line message.
+        keywords: `clip_l`, `clip_g`, `t5xxl`, `vae`, `tokenizers`, `lora` (a list), `device`, `dtype`, `t5`, as in
+        Settings; without T5 its weights are not opened. Raises one of USER_ERRORS, each a ValueError with a one-line
+        message.
         """
         given = {name: str(v) if isinstance(v, Path) else v for name, v in {"model": model, **keywords}.items()}
         return cls.from_settings(settings_from(given))
@@ -112,14 +120,18 @@ class Pipeline:
             trace.update(sigmas=sigmas, noise=noise, image=pixels, **traced_text("cond", cond, s.count))
             trace.update(traced_text("uncond", uncond, s.count) if uncond else {})
         images = [Image.fromarray(picture.numpy()) for picture in pixels]
-        return Result(images, replace(s, device=self.device.type, dtype=self.dtype_name), seconds)
+        return Result(images, replace(s, **self.actual), seconds)
+
+    @property
+    def actual(self) -> dict[str, Any]:
+        """What "auto" came to, and the adapters that are in."""
+        return {"device": self.device.type, "dtype": self.dtype_name, "lora": self.adapters.settings}
 
     def check(self, settings: Settings) -> Settings:
         """The settings with defaults filled in; raises SettingsError for what this model cannot do."""
-        actual = {"device": self.device.type, "dtype": self.dtype_name}  # what "auto" came to
         for name in LOADED:
             value, fixed = getattr(settings, name), getattr(self.settings, name)
-            if value != fixed and value != actual.get(name, fixed):
+            if value != fixed and value != self.actual.get(name, fixed):
                 raise SettingsError(f"{name} is fixed when the model is loaded: give it to Pipeline.load")
         settings = settings.resolved(self.defaults)
         check_size(settings, self.transformer.config, self.vae.config.downscale)

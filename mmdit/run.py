@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import NoReturn, get_args, get_type_hints
+from typing import NoReturn, get_args, get_origin, get_type_hints
 
 from tqdm import tqdm
 
@@ -36,7 +36,9 @@ def make_parser() -> Parser:
             more["metavar"] = metadata["metavar"]
         if name != "prompt":
             more["default"] = f.default
-        shown = "" if f.default is None or name == "prompt" or f.default == "" else " (default: %(default)s)"
+        if get_origin(types[f.name]) is tuple:
+            more |= {"action": "append", "default": []}
+        shown = "" if f.default in (None, "", ()) or name == "prompt" else " (default: %(default)s)"
         parser.add_argument(name, type=kind, help=metadata["help"] + shown, **more)
     return parser
 

@@ -34,6 +34,10 @@ class Settings:
     tokenizers: str | None = _setting(
         None, "folder with tokenizer/, tokenizer_2/, tokenizer_3/, for a single file", metavar="FOLDER"
     )
+    lora: tuple[str, ...] = _setting(
+        (), "adapter to merge, a file or a folder, with its strength (default 1); repeat it for more",
+        metavar="FILE|FOLDER[:SCALE]",
+    )  # fmt: skip
     width: int | None = _setting(None, "picture width in pixels (default: the model's own)", metavar="W")
     height: int | None = _setting(None, "picture height in pixels (default: the model's own)", metavar="H")
     steps: int | None = _setting(None, "denoising steps (default: the model's own)", metavar="N")
@@ -51,6 +55,10 @@ class Settings:
     device: str = _setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     out: str = _setting("out", "PNG file, or folder for files named after prompt and seed", metavar="FILE|FOLDER")
     dump: str | None = _setting(None, "write every stage's tensors into this file", metavar="FILE.safetensors")
+
+    def __post_init__(self) -> None:
+        given = self.lora or ()
+        object.__setattr__(self, "lora", (given,) if isinstance(given, str) else tuple(map(str, given)))
 
     def resolved(self, defaults: dict[str, Any]) -> "Settings":
         """With the model's `defaults`, then SD3.5-Medium's, in place of None; the result is checked.
@@ -76,6 +84,10 @@ class Settings:
                 raise SettingsError(f"{name} is {value!r}: expected text")
             if any(0xD800 <= ord(c) <= 0xDFFF for c in value or ""):
                 raise SettingsError(f"{name} is {value!a}: not valid Unicode")
+        for lora in self.lora:
+            if any(0xD800 <= ord(c) <= 0xDFFF for c in lora):
+                raise SettingsError(f"lora is {lora!a}: not valid Unicode")
+            split_lora(lora)
         for name in ("steps", "count", "width", "height"):
             value = getattr(self, name)
             if not whole(value) or value < 1:
@@ -98,12 +110,33 @@ def user_path(name: str, text: str) -> Path:
     return path
 
 
+def split_lora(text: str) -> tuple[str, float]:
+    """What `lora` names, FILE_OR_FOLDER[:SCALE], as path and scale; SettingsError for a scale that is no number.
+
+    A path that exists as it stands has no scale at its end.
+    """
+    path, colon, number = text.rpartition(":")
+    if not colon or user_path("lora", text).exists():
+        return text, 1.0
+    try:
+        scale = float(number)
+    except ValueError:
+        if not user_path("lora", path).exists():
+            return text, 1.0  # a colon inside the path, not before a scale
+        scale = math.nan
+    if not path or not math.isfinite(scale):
+        raise SettingsError(
+            f"lora is {text!r}: expected FILE_OR_FOLDER:SCALE with a number, as in style.safetensors:0.8"
+        )
+    return path, scale
+
+
 def whole(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 # What was given to loading and cannot change between two pictures.
-LOADED = ("model", "clip_l", "clip_g", "t5xxl", "vae", "tokenizers", "t5", "dtype", "device")
+LOADED = ("model", "clip_l", "clip_g", "t5xxl", "vae", "tokenizers", "lora", "t5", "dtype", "device")
 
 SD35_MEDIUM_DEFAULTS: dict[str, Any] = {
     "width": 1024,

@@ -1,6 +1,5 @@
 """The command line: its options, the files it writes, what it reports, and how every mistake ends."""
 
-import argparse
 import errno
 import json
 import re
@@ -8,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import Mock
@@ -24,34 +23,12 @@ import mmdit.pipeline
 from benchmarks.emoji.tokenizers import write_tokenizers
 from benchmarks.random_checkpoint import write_checkpoint
 from mmdit.pipeline import Pipeline
-from mmdit.run import main, make_parser
+from mmdit.run import main
 from mmdit.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 VOCABULARIES = {"clip_vocab": 1024, "t5_vocab": 512}
 DEFAULTS = {"width": 64, "height": 48, "steps": 2, "cfg": 4.5, "t5_length": 40}
-OPTIONS = """\
-prompt None what
---negative '' TEXT
---model None FOLDER|FILE|ID
---clip-l None FILE
---clip-g None FILE
---t5xxl None FILE
---vae None FILE
---tokenizers None FOLDER
---width None W
---height None H
---steps None N
---cfg None X
---seed 0 S
---count 1 N
---t5 'on' on,off,omit
---t5-length None N
---dtype 'auto' auto,bf16,fp16,fp32
---device 'auto' auto,cpu,cuda,mps
---out 'out' FILE|FOLDER
---dump None FILE.safetensors
-"""
 
 
 @pytest.fixture(scope="module")
@@ -107,26 +84,6 @@ def desk(toys: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Desk
 
 
 # ---- options -------------------------------------------------------------------------------------
-
-
-def test_the_options_are_frozen() -> None:
-    """Names, defaults and values of all of them, each a field of Settings and with its default."""
-    actions = [a for a in make_parser()._actions if not isinstance(a, argparse._HelpAction)]
-    told = [
-        f"{[*a.option_strings, a.dest][0]} {a.default!r} {','.join(a.choices or [a.metavar or 'what'])}"
-        for a in actions
-    ]
-    assert told == OPTIONS.splitlines()
-    assert [a.dest for a in actions] == [f.name for f in fields(Settings)]
-    assert Settings(**vars(make_parser().parse_args(["x"]))) == Settings("x")
-
-
-def test_help_does_not_load_torch() -> None:
-    """In a process of its own; every option is in it."""
-    code = "import sys, mmdit.run\ntry: mmdit.run.main(['--help'])\nfinally: print(sorted({'torch'} & {*sys.modules}))"
-    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert (ran.returncode, ran.stderr, ran.stdout.splitlines()[-1]) == (0, "", "[]")
-    assert all(line.split()[0] in ran.stdout for line in OPTIONS.splitlines())
 
 
 # ---- what is written -----------------------------------------------------------------------------
@@ -203,7 +160,7 @@ def test_the_settings_are_in_the_picture(desk: Desk, negative: str) -> None:
         pixels, parameters, own = np.asarray(picture), picture.text["parameters"], json.loads(picture.text["mmdit"])
     model = str(desk.model)
     expected = Settings(prompt, negative, model, seed=8, dtype="fp32", device="cpu", out=str(desk.out), **DEFAULTS)
-    assert own == asdict(expected)
+    assert own == json.loads(json.dumps(asdict(expected)))
     again = Pipeline.from_settings(Settings(**own)).run(Settings(**own)).images[0]
     assert int(np.abs(np.asarray(again, dtype=int) - pixels).max()) <= 1
     # The reading of AUTOMATIC1111's web UI: `parse_generation_parameters` and its pattern.
@@ -399,5 +356,4 @@ def test_unknown_tensors_are_one_warning(desk: Desk) -> None:
     save_file({**load_file(desk.single), "extra.weight": torch.zeros(1)}, desk.folder / "more.safetensors")
     size = ("--width", 64, "--height", 64, "--steps", 1, "--tokenizers", desk.tokenizers)
     ran = desk.run("a horse", "--model", desk.folder / "more.safetensors", *size)
-    assert (ran.code, len(ran.errors), desk.files()) == (0, 1, ["a-horse-0.png"])
-    assert ran.errors[0].startswith("warning: ")
+    assert (ran.code, [line[:9] for line in ran.errors], desk.files()) == (0, ["warning: "], ["a-horse-0.png"])

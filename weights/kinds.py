@@ -65,7 +65,7 @@ _CLIP_LAYER = re.compile(r"(?:text_model\.encoder\.layers|encoder\.layers|transf
 _CLIP_DEPTHS = {12: "clip_l", 24: "clip_h", 32: "clip_g"}
 
 _OTHER_MODEL = "this engine runs Stable Diffusion 3 and 3.5 only"
-_ADAPTER = "an adapter (LoRA), not a checkpoint; give the model it was trained on"
+_ADAPTER = "an adapter (LoRA), not a checkpoint; give the model it was trained on, and this with --lora"
 _UNET = f"an SD1, SD2 or SDXL model; {_OTHER_MODEL}"
 _T5 = "Stable Diffusion 3 reads T5 1.1 XXL"
 

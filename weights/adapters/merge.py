@@ -1,0 +1,206 @@
+"""Merging adapters into a model's weights and taking them out: `Adapters`, bound to filled modules.
+
+A weight under adapters is a new tensor, computed in float32 from the original by all of them in the order they were
+added, and rounded once to the original's dtype; a step of the sampler costs nothing more. The original parameter is
+kept and put back as it was. Nothing is ever written into a weight: it may be a view of a file.
+"""
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from weights.adapters.kinds import LORA, Tensors, changed
+from weights.adapters.plan import Plan, Report, Step, make_plan
+from weights.adapters.scale import alpha_factor
+from weights.adapters.targets import Lookup
+from weights.errors import CheckpointError
+
+Place = tuple[str, str]  # component and name of a tensor in it
+
+
+class Change(NamedTuple):
+    """What one module of a file does to one tensor of the model."""
+
+    module: str  # as spelled in the file, for messages
+    step: Step
+    tensors: Tensors  # on the CPU, in the file's dtype
+    factor: float  # s, by alpha and rank
+
+
+@dataclass(frozen=True)
+class Active:
+    """An adapter that is merged in."""
+
+    path: Path
+    scale: float
+    changes: dict[Place, list[Change]]
+
+
+class Adapters:
+    """The adapters of a model. Its modules are not to be moved or converted while one is in.
+
+    The original of a changed weight stays where it is, so that it takes memory twice unless it lies in a mapped file.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        """modules: filled, or on "meta" for `plan` alone, of "transformer", "clip_l", "clip_g" and "t5"."""
+        self._modules = dict(modules)
+        self._lookup = Lookup({n: {k: tuple(t.shape) for k, t in m.state_dict().items()} for n, m in modules.items()})
+        self._originals: dict[Place, nn.Parameter] = {}
+        self._active: dict[str, Active] = {}
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """{name: scale} of those merged in, in their order."""
+        return {name: adapter.scale for name, adapter in self._active.items()}
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """Those merged in as `--lora` takes them, FILE_OR_FOLDER:SCALE."""
+        return tuple(f"{adapter.path}:{adapter.scale!r}" for adapter in self._active.values())
+
+    def plan(self, path: str | Path) -> Plan:
+        """What `add` would do, from the file's header; raises what it would raise for the names and shapes."""
+        try:
+            path = Path(path).expanduser()
+            path.exists()
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+        return make_plan(path, self._lookup, self._modules)
+
+    def add(self, path: str | Path, scale: float = 1.0) -> Report:
+        """Merge an adapter, a file or a folder, on top of those that are in; scale 0 leaves the weights as they were.
+
+        Returns what applied, under a name for `rescale` and `remove`; warns, on one line, of what did not. Raises
+        CheckpointError, leaving the weights as they were, where nothing applies, for another model's adapter and for
+        files that cannot be used.
+        """
+        check_scale(scale)
+        plan = self.plan(path)
+        name, again = plan.report.name, 2
+        while name in self._active:
+            name, again = f"{plan.report.name}-{again}", again + 1
+        report = replace(plan.report, name=name)
+        changes = _changes(plan)
+        self._merge({**self._active, name: Active(report.path, float(scale), changes)}, changes)
+        if (warning := report.warning()) is not None:
+            warnings.warn(warning, stacklevel=2)
+        return report
+
+    def rescale(self, name: str, scale: float) -> None:
+        """Give an adapter another scale, in its place among the others. Raises CheckpointError for an unknown name."""
+        check_scale(scale)
+        adapter = replace(self._known(name), scale=float(scale))
+        self._merge({**self._active, name: adapter}, adapter.changes)
+
+    def remove(self, name: str | None = None) -> None:
+        """Take an adapter out, or all; what no adapter changes any more is the original parameter again.
+
+        Raises CheckpointError for an unknown name.
+        """
+        gone = list(self._active) if name is None else [name]
+        places = {place for n in gone for place in self._known(n).changes}
+        self._merge({n: adapter for n, adapter in self._active.items() if n not in gone}, places)
+
+    def _known(self, name: str) -> Active:
+        if name not in self._active:
+            raise CheckpointError(f"no adapter {name!r}: there are {', '.join(self._active) or 'none'}")
+        return self._active[name]
+
+    @torch.no_grad()
+    def _merge(self, active: dict[str, Active], places: Iterable[Place]) -> None:
+        """Make `active` the adapters that are in; places: the tensors that differ for it. All or nothing."""
+        merged: dict[Place, nn.Parameter] = {}
+        for place in places:
+            original = self._originals.get(place, self._parameter(place))
+            todo = [(a, c) for a in active.values() if a.scale != 0 for c in a.changes.get(place, ())]
+            merged[place] = (
+                nn.Parameter(_merged(place[1], original, todo), original.requires_grad) if todo else original
+            )
+        for place, parameter in merged.items():
+            original = self._originals.setdefault(place, self._parameter(place))
+            if parameter is original:
+                del self._originals[place]
+            owner, _, leaf = place[1].rpartition(".")
+            self._modules[place[0]].get_submodule(owner)._parameters[leaf] = parameter
+        self._active = active
+
+    def _parameter(self, place: Place) -> nn.Parameter:
+        return self._modules[place[0]].get_parameter(place[1])
+
+
+def check_scale(scale: float) -> None:
+    """Raise CheckpointError for a scale that is not a finite number."""
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise CheckpointError(f"an adapter's scale is {scale!r}: expected a number, 1 for as it was trained")
+
+
+def _changes(plan: Plan) -> dict[Place, list[Change]]:
+    """Read the tensors of all steps and sort them by what they change."""
+    changes: dict[Place, list[Change]] = {}
+    for module, tensors in plan.file.read(plan.steps).items():
+        step = plan.steps[module]
+        change = Change(module, step, tensors, _factor(plan, module, tensors))
+        for leaf, there in (("weight", step.kind), ("bias", step.bias)):
+            if there:
+                changes.setdefault((step.target.component, f"{step.target.module}.{leaf}"), []).append(change)
+    return changes
+
+
+def _factor(plan: Plan, module: str, tensors: Tensors) -> float:
+    """s of one module; a bias that comes without a weight has none."""
+    kind = plan.steps[module].kind
+    rank = kind.rank({role: tuple(t.shape) for role, t in tensors.items()}) if kind else None
+    if kind is None or rank is None:
+        return 1.0
+    scaling, name = plan.file.scaling(module)
+    if scaling is not None and kind is LORA:
+        return scaling.factor(name, rank)
+    alpha = tensors["alpha"].float().item() if "alpha" in tensors else None
+    if alpha is not None and not math.isfinite(alpha):
+        raise CheckpointError(f"{plan.file.path}: {module}.alpha is {alpha}: expected a number")
+    return alpha_factor(alpha, rank)
+
+
+def _merged(name: str, original: Tensor, todo: list[tuple[Active, Change]]) -> Tensor:
+    """A new tensor: the original under all changes, in order. Raises CheckpointError where it is not finite."""
+    some = any(change.step.target.rows for _, change in todo)
+    value = original.detach().to(torch.float32, copy=some)  # rows are written into it, all of it is replaced
+    for adapter, change in todo:
+        target = change.step.target
+        tensors = {role: t.to(value.device, torch.float32) for role, t in change.tensors.items()}
+        rows = value if target.rows is None else value[slice(*target.rows)]
+        seen = _swapped(rows) if target.swap else rows  # in the order of rows that the adapter was trained on
+        new = (_bias if name.endswith(".bias") else _weight)(seen, change, tensors, adapter)
+        new = _swapped(new) if target.swap else new
+        if target.rows is None:
+            value = new
+        else:
+            rows.copy_(new)
+    result = value.to(original.dtype)
+    if not all(map(math.isfinite, torch.stack(torch.aminmax(result)).tolist())):
+        path, dtype = todo[-1][0].path, str(original.dtype).removeprefix("torch.")
+        raise CheckpointError(f"{path}: with it {name} has NaN or infinity in {dtype}: expected finite numbers")
+    return result
+
+
+def _weight(weight: Tensor, change: Change, tensors: Tensors, adapter: Active) -> Tensor:
+    assert change.step.kind is not None
+    return changed(weight, change.step.kind, tensors, change.factor, adapter.scale)
+
+
+def _bias(bias: Tensor, change: Change, tensors: Tensors, adapter: Active) -> Tensor:
+    """`up_bias` is LoRA's and has its factor; `diff_b` is a difference and has none."""
+    if "up_bias" in tensors:
+        bias = bias + adapter.scale * change.factor * tensors["up_bias"]
+    return bias + adapter.scale * tensors["diff_b"] if "diff_b" in tensors else bias
+
+
+def _swapped(tensor: Tensor) -> Tensor:
+    return torch.cat(tensor.chunk(2)[::-1])
