@@ -197,13 +197,13 @@ def rounded(where: str, tensor: Tensor, dtype: torch.dtype) -> list[Tensor]:
         if dtype == torch.float16 and not bool(result.isfinite().all()) and bool(tensor.float().isfinite().all()):
             raise CheckpointError(f"{where}: has numbers that float16 cannot hold: use bf16 or fp32")
         return [result]
-    values = tensor.to(torch.float32)
-    largest = float(values.abs().max()) if values.numel() else 0.0
+    values = tensor.to(torch.float32, copy=True)
+    largest = max(-float(values.min()), float(values.max())) if values.numel() else 0.0
     if not math.isfinite(largest):
         raise CheckpointError(f"{where}: has NaN or infinity: fp8 needs finite numbers")
     # No smaller than float32's normal numbers, so that the division stays exact enough.
     scale = torch.tensor(max(largest / LARGEST, torch.finfo(torch.float32).tiny) if largest else 1.0)
-    return [(values / scale).clamp_(-LARGEST, LARGEST).to(FP8), scale]
+    return [values.div_(scale).clamp_(-LARGEST, LARGEST).to(FP8), scale]
 
 
 # ---- names and forms -----------------------------------------------------------------------------
