@@ -108,6 +108,7 @@ def _file(path: Path) -> dict[str, Any]:
         return {**told, **_adapter(path, keys)}
     text = stranger(keys)
     found = networks(keys)
+    found = {name: found[name] for name in (*COMPONENTS, *found) if name in found}  # in one order everywhere
     if text is not None or not found:
         what, _, reason = (text or described((), keys)).partition("; ")
         load = _load([], [], reason or "not for this engine")

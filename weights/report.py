@@ -59,8 +59,9 @@ def _layout(part: Mapping[str, Any]) -> str:
 
 def _amount(sizes: Mapping[str, Any]) -> str:
     words = sorted(sizes["dtypes"], key=lambda word: -sizes["dtypes"][word]["bytes"])
-    numbers = f"{_short(sizes['parameters'])} parameters, {_short(sizes['bytes'])}B"
-    return f"{sizes['tensors']} tensors, {numbers}" + (f"; {', '.join(words)}" if words else "")
+    numbers = f"{_short(sizes['parameters']).strip()} parameters, {_short(sizes['bytes'])}B"
+    count = f"{sizes['tensors']} tensor{'' if sizes['tensors'] == 1 else 's'}"
+    return f"{count}, {numbers}" + (f"; {', '.join(words)}" if words else "")
 
 
 def _short(number: int) -> str:
