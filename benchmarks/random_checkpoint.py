@@ -24,12 +24,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks import published
 from mmdit.config import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM, TOY
 from mmdit.model import MMDiT
 from text_encoders.clip import CLIP_G, CLIP_L, CLIPConfig, CLIPTextEncoder
 from text_encoders.t5 import T5_XXL, T5Config, T5Encoder
 from vae.autoencoder import SD3_VAE, TOY_VAE, Autoencoder
+from weights import published
 from weights.keymap import TRANSFORMER, VAE, Entry, revert, to_diffusers
 
 MODELS = {"sd35-medium": SD35_MEDIUM, "sd3-medium": SD3_MEDIUM, "sd35-large": SD35_LARGE, "toy": TOY}
@@ -86,24 +86,24 @@ def write_checkpoint(
 
 def _parts(model: str, layout: str, clips: bool, t5: bool, clip_vocab: int, t5_vocab: int) -> dict[str, Part]:
     toy = model == "toy"
-    transformer = _shapes(MMDiT, MODELS[model])
-    vae = TOY_VAE if toy else SD3_VAE
-    parts = {
-        "transformer": Part(transformer, published.transformer_config(transformer)),
-        "vae": Part(_shapes(Autoencoder, vae), published.vae_config(vae)),
-    }
     clip_l, clip_g, t5_config = (CLIP_L, CLIP_G, T5_XXL)
+    transformer, vae = _shapes(MMDiT, MODELS[model]), _shapes(Autoencoder, TOY_VAE if toy else SD3_VAE)
     if toy:
         clip_l, clip_g = toy_clips(transformer["y_embedder.mlp.0.weight"][1], clip_vocab)
         t5_config = toy_t5(transformer["context_embedder.weight"][1], t5_vocab)
     if layout == "diffusers":
         # The published folder gives CLIP-L an identity projection that the single file leaves out.
         clip_l = replace(clip_l, projection_dim=clip_l.hidden_size)
-    if clips:
-        parts["clip_l"] = Part(_shapes(CLIPTextEncoder, clip_l), published.clip_config(clip_l))
-        parts["clip_g"] = Part(_shapes(CLIPTextEncoder, clip_g), published.clip_config(clip_g))
+    parts = {
+        "transformer": Part(transformer, published.transformer_config(transformer)),
+        "vae": Part(vae, published.vae_config(vae)),
+    }
+    for name, config in {"clip_l": clip_l, "clip_g": clip_g}.items() if clips else ():
+        shapes = _shapes(CLIPTextEncoder, config)
+        parts[name] = Part(shapes, published.clip_config(shapes, activation=config.activation))
     if t5:
-        parts["t5"] = Part(_shapes(T5Encoder, t5_config), published.t5_config(t5_config))
+        shapes = _shapes(T5Encoder, t5_config)
+        parts["t5"] = Part(shapes, published.t5_config(shapes))
     return parts
 
 

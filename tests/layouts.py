@@ -9,9 +9,9 @@ from manifests import SMALL, Shapes
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.published import PREFIXES
 from benchmarks.random_checkpoint import write_checkpoint
 from weights import Component, open_checkpoint
+from weights.published import PREFIXES
 
 PARTS = ("transformer", "vae", "clip_l", "clip_g", "t5")
 Tensors = dict[str, Tensor]

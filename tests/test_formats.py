@@ -10,12 +10,12 @@ from layouts import PARTS, Tensors, check_tensors, joined, small, small_tensors,
 from manifests import golden, manifest, meta, shapes
 from safetensors.torch import load_file
 
-from benchmarks.published import PREFIXES
 from mmdit.config import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM, MMDiTConfig
 from mmdit.defaults import default_settings
 from mmdit.model import MMDiT
 from weights import CheckpointError, open_checkpoint
 from weights.kinds import networks
+from weights.published import PREFIXES
 
 
 @pytest.fixture(scope="module")

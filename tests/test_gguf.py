@@ -22,12 +22,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.emoji.tokenizers import write_tokenizers
-from benchmarks.published import PREFIXES
 from benchmarks.random_checkpoint import write_checkpoint
 from mmdit import Pipeline
 from mmdit.loading import build
 from weights import CheckpointError, fill, open_checkpoint
 from weights.gguf import GGUFFile
+from weights.published import PREFIXES
 
 DECODED = [t for t in Type if t.name.startswith(("Q", "IQ", "TQ", "MXFP", "NVFP", "BF16", "F16", "F32"))]
 DECODED = [t for t in DECODED if t.name not in ("Q8_1", "Q8_K", "Q1_0")]  # which the package cannot decode

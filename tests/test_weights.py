@@ -11,14 +11,13 @@ from manifests import NATIVE_MARK, SMALL, golden, manifest, meta, shapes
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from benchmarks import published
 from benchmarks.random_checkpoint import draw, main, write_checkpoint
 from mmdit.config import SD35_MEDIUM, TOY
 from mmdit.model import MMDiT
 from text_encoders.clip import CLIP_G, CLIP_L, CLIPTextEncoder
 from text_encoders.t5 import T5_XXL, T5Encoder
 from vae.autoencoder import SD3_VAE, Autoencoder
-from weights import CheckpointError, Component, fill, open_checkpoint
+from weights import CheckpointError, Component, fill, open_checkpoint, published
 from weights.header import read_header
 from weights.keymap import TRANSFORMER, VAE, Entry, converted_shape, revert, to_diffusers, to_native
 

@@ -7,8 +7,9 @@
 
 `header` and `gguf` check a file before it is trusted, `kinds` tells what it is, `keymap` and `layouts` hold the names
 of the same tensors in different places as tables, `quantised` knows the scales of fp8. `checkpoint` puts these
-together, `component` reads the tensors, `fill` puts them into a module; `hub` fetches models. The package knows names
-and shapes only: it imports none of the networks.
+together, `component` reads the tensors, `fill` puts them into a module; `hub` fetches models. `inspect` tells what a
+file is, `convert` writes another form of it: `python -m weights`. The package knows names and shapes only: it imports
+none of the networks.
 """
 
 from weights.checkpoint import Checkpoint, open_checkpoint

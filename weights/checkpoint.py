@@ -63,7 +63,7 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: has no {name} (has {', '.join(self.components) or 'nothing'})")
         if name not in self._opened:
             part = self._parts.get(name)
-            self._opened[name] = _open_part(part, name) if part else self._open(name)
+            self._opened[name] = open_part(part, name) if part else self._open(name)
         return self._opened[name]
 
     def config(self, name: str) -> dict[str, Any] | None:
@@ -124,7 +124,7 @@ def _listed(index: dict[str, Any], path: Path, folder: str) -> bool:
 
 def _open_folder_component(path: Path, name: str) -> Component:
     folder, stem = path / PLACES[name][0], PLACES[name][1]
-    header = _folder_header(folder, stem)
+    header = folder_header(folder, stem)
     config = folder / "config.json"
     return _component(
         Network(name, "diffusers", ""), name, folder, header.tensors, header.metadata,
@@ -145,7 +145,7 @@ def weights_file(names: Collection[str], stem: str) -> str | None:
     return None
 
 
-def _folder_header(folder: Path, stem: str) -> Header:
+def folder_header(folder: Path, stem: str) -> Header:
     names = sorted(file.name for file in folder.iterdir())
     name = weights_file(names, stem)
     if name is None:
@@ -195,7 +195,7 @@ def _open_single_file(path: Path) -> Checkpoint:
     )
 
 
-def _open_part(path: Path, name: str) -> Component:
+def open_part(path: Path, name: str) -> Component:
     """The component `name` out of a separate file, which may hold others too; refused where it is not in it."""
     if path.is_dir():
         raise CheckpointError(f"{path}: a folder; expected a file with {WHAT[name]}")

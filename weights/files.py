@@ -12,17 +12,18 @@ from weights.header import Header, check_regular, read_safetensors
 
 def read_file(path: Path) -> Header:
     """What the file holds; reads no tensor. CheckpointError where it is missing, damaged or of another format."""
-    if _is_gguf(path):
+    if is_gguf(path):
         return Header(GGUFFile(path).tensors, {})
     return read_safetensors(path)
 
 
 def open_file(path: Path) -> Any:
     """An object whose `get_tensor(key)` gives a tensor on the CPU, where it can a view of the mapped file."""
-    return GGUFFile(path) if _is_gguf(path) else safe_open(str(path), framework="pt", device="cpu")
+    return GGUFFile(path) if is_gguf(path) else safe_open(str(path), framework="pt", device="cpu")
 
 
-def _is_gguf(path: Path) -> bool:
+def is_gguf(path: Path) -> bool:
+    """Whether the file begins as GGUF files do; CheckpointError where there is no file to read."""
     check_regular(path)
     try:
         with path.open("rb") as file:

@@ -46,7 +46,8 @@ class GGUFFile:
     """The tensors of a GGUF file.
 
     tensors: {name: TensorInfo} with shapes as torch has them and the dtype that `get_tensor` returns: the file's own
-    for F32, F16, BF16 and F64, F32 for everything that is decoded.
+    for F32, F16, BF16 and F64, F32 for everything that is decoded. stored: {name: (ggml's name of the type that lies in
+    the file, bytes there)}; metadata: the key-value pairs that are no arrays.
     """
 
     def __init__(self, path: Path) -> None:
@@ -60,6 +61,8 @@ class GGUFFile:
             self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         _package(path)
         self.tensors: dict[str, TensorInfo] = {}
+        self.stored: dict[str, tuple[str, int]] = {}
+        self.metadata: dict[str, Any] = {}
         self._places: dict[str, _Place] = {}
         cursor = _Cursor(path, self._data)
         try:
@@ -91,6 +94,9 @@ class GGUFFile:
             raise CheckpointError(f"{self.path}: GGUF version {version}{hint}; known are 2 and 3, little-endian")
         count, pairs = cursor.number("Q"), cursor.number("Q")
         values = dict(cursor.pair() for _ in cursor.counted(pairs, 12))
+        self.metadata = {
+            key: value for key, value in values.items() if value is not None and not isinstance(value, list)
+        }
         alignment = values.get("general.alignment") or 32
         if not isinstance(alignment, int) or alignment % 8 or not 0 < alignment <= 1 << 20:
             raise CheckpointError(f"{self.path}: general.alignment is {alignment!r}: expected a multiple of 8")
@@ -111,6 +117,7 @@ class GGUFFile:
                 )
             shape = _original_shape(where, shape, values.get(_ORIGINAL_SHAPE + name))
             self._places[name] = place
+            self.stored[name] = (_type(where, kind)[0], place.bytes)
             self.tensors[name] = TensorInfo(self.path, name, _PLAIN.get(kind, "F32"), shape)
 
 

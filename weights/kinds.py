@@ -67,16 +67,22 @@ _CLIP_DEPTHS = {12: "clip_l", 24: "clip_h", 32: "clip_g"}
 _OTHER_MODEL = "this engine runs Stable Diffusion 3 and 3.5 only"
 _ADAPTER = "an adapter (LoRA), not a checkpoint; give the model it was trained on, and this with --lora"
 _UNET = f"an SD1, SD2 or SDXL model; {_OTHER_MODEL}"
+_SDXL = f"an SDXL model; {_OTHER_MODEL}"
 _T5 = "Stable Diffusion 3 reads T5 1.1 XXL"
 
 # What nothing here can use, though it may share marks with what can: (part of a key, what to tell the user).
 _STRANGERS = (
+    # First, as it has blocks of the model that it belongs to.
+    ("controlnet_blocks.", "a ControlNet, not a checkpoint; give the model it belongs to"),
+    ("control_model.", "a ControlNet, not a checkpoint; give the model it belongs to"),
     ("double_blocks.0.", f"a FLUX model; {_OTHER_MODEL}"),
     ("single_transformer_blocks.0.", f"a FLUX model; {_OTHER_MODEL}"),
+    # Only SDXL has two transformers in the second level of its U-Net.
+    ("input_blocks.4.1.transformer_blocks.1.", _SDXL),
+    ("down_blocks.1.attentions.0.transformer_blocks.1.", _SDXL),
     ("input_blocks.0.0.", _UNET),
     ("add_embedding.linear_1.", _UNET),
     ("mid_block.attentions.0.transformer_blocks.0.", _UNET),
-    ("controlnet_blocks.", "a ControlNet, not a checkpoint; give the model it belongs to"),
     ("lora_A.", _ADAPTER),
     ("lora_down.", _ADAPTER),
     ("hada_w1_a", _ADAPTER),
@@ -103,9 +109,14 @@ def networks(keys: Collection[str]) -> dict[str, Network]:
 
 def refuse_strangers(path: object, keys: Collection[str]) -> None:
     """Raise CheckpointError where the file is known not to be for this engine, saying what it is."""
-    for mark, text in _STRANGERS:
-        if any(mark in key for key in keys):
-            raise CheckpointError(f"{path}: {text}")
+    text = stranger(keys)
+    if text is not None:
+        raise CheckpointError(f"{path}: {text}")
+
+
+def stranger(keys: Collection[str]) -> str | None:
+    """What a file is that is known not to be for this engine, a semicolon, and what would be right; else None."""
+    return next((text for mark, text in _STRANGERS if any(mark in key for key in keys)), None)
 
 
 def described(names: Iterable[str], keys: Collection[str]) -> str:

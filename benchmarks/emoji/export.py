@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from benchmarks import published
-from benchmarks.emoji.train_mmdit import CLIP_G, CLIP_L, T5
+from benchmarks.emoji.train_mmdit import CLIP_G, CLIP_L
 from benchmarks.emoji.train_vae import CONFIG as VAE_CONFIG
+from weights import published
 from weights.keymap import TRANSFORMER, VAE, Table, revert, to_diffusers
 
 State = dict[str, Tensor]
@@ -23,12 +23,13 @@ def export(out: Path, work: Path, defaults: dict[str, float], shift: float) -> N
     vae = torch.load(refined if refined.exists() else work / "vae.pt", weights_only=True)["average"]
     parts = {name: part(trained["average"], name) for name in ("clip_l", "clip_g", "t5", "transformer")}
     latent = trained["latent"]
+    shapes = {name: {key: tuple(v.shape) for key, v in state.items()} for name, state in {**parts, "vae": vae}.items()}
+    clips = {"clip_l": CLIP_L, "clip_g": CLIP_G}
     configs = {
-        "clip_l": published.clip_config(CLIP_L),
-        "clip_g": published.clip_config(CLIP_G),
-        "t5": published.t5_config(T5),
-        "transformer": published.transformer_config({k: tuple(v.shape) for k, v in parts["transformer"].items()}),
-        "vae": published.vae_config(VAE_CONFIG) | {"scaling_factor": latent["scale"], "shift_factor": latent["shift"]},
+        **{name: published.clip_config(shapes[name], c.num_heads, c.activation) for name, c in clips.items()},
+        "t5": published.t5_config(shapes["t5"]),
+        "transformer": published.transformer_config(shapes["transformer"]),
+        "vae": published.vae_config(shapes["vae"], VAE_CONFIG.norm_num_groups, latent["scale"], latent["shift"]),
     }
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)

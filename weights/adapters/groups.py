@@ -107,7 +107,7 @@ def open_adapter(path: Path) -> AdapterFile:
 
     Raises CheckpointError for what is no adapter, for a kind that is not supported, and for a broken configuration.
     """
-    file, config = _find(path.expanduser())
+    file, config = find_adapter(path.expanduser())
     infos = read_header(file)
     adapter = AdapterFile(file)
     for key, info in infos.items():
@@ -151,7 +151,7 @@ def _sort(adapter: AdapterFile, key: str, info: TensorInfo) -> None:
     roles[role] = info
 
 
-def _find(path: Path) -> tuple[Path, Path | None]:
+def find_adapter(path: Path) -> tuple[Path, Path | None]:
     """The safetensors file that a path means, and PEFT's configuration beside it."""
     if not path.is_dir():
         config = path.parent / "adapter_config.json"

@@ -87,7 +87,7 @@ class Adapters:
         while name in self._active:
             name, again = f"{plan.report.name}-{again}", again + 1
         report = replace(plan.report, name=name)
-        changes = _changes(plan)
+        changes = read_changes(plan)
         self._merge({**self._active, name: Active(report.path, float(scale), changes)}, changes)
         if (warning := report.warning()) is not None:
             warnings.warn(warning, stacklevel=2)
@@ -121,7 +121,7 @@ class Adapters:
             original = self._originals.get(place, self._parameter(place))
             todo = [(a, c) for a in active.values() if a.scale != 0 for c in a.changes.get(place, ())]
             merged[place] = (
-                nn.Parameter(_merged(place[1], original, todo), original.requires_grad) if todo else original
+                nn.Parameter(merged_tensor(place[1], original, todo), original.requires_grad) if todo else original
             )
         for place, parameter in merged.items():
             original = self._originals.setdefault(place, self._parameter(place))
@@ -141,8 +141,8 @@ def check_scale(scale: float) -> None:
         raise CheckpointError(f"an adapter's scale is {scale!r}: expected a number, 1 for as it was trained")
 
 
-def _changes(plan: Plan) -> dict[Place, list[Change]]:
-    """Read the tensors of all steps and sort them by what they change."""
+def read_changes(plan: Plan) -> dict[Place, list[Change]]:
+    """{what is changed: the changes of a plan, their tensors read}."""
     changes: dict[Place, list[Change]] = {}
     for module, tensors in plan.file.read(plan.steps).items():
         step = plan.steps[module]
@@ -168,7 +168,7 @@ def _factor(plan: Plan, module: str, tensors: Tensors) -> float:
     return alpha_factor(alpha, rank)
 
 
-def _merged(name: str, original: Tensor, todo: list[tuple[Active, Change]]) -> Tensor:
+def merged_tensor(name: str, original: Tensor, todo: list[tuple[Active, Change]]) -> Tensor:
     """A new tensor: the original under all changes, in order. Raises CheckpointError where it is not finite."""
     some = any(change.step.target.rows for _, change in todo)
     value = original.detach().to(torch.float32, copy=some)  # rows are written into it, all of it is replaced

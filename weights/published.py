@@ -1,6 +1,8 @@
 """What surrounds the tensors in published SD3 checkpoints: folders, file names, prefixes, config files.
 
-Values are those of the SD3 and SD3.5 folders on the Hugging Face hub.
+Values are those of the SD3 and SD3.5 folders on the Hugging Face hub. The sizes in a config follow from the shapes of
+the tensors; what they do not tell has the published model's value, or the one given. A config raises KeyError where a
+tensor that it reads is not there.
 """
 
 import json
@@ -10,19 +12,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from text_encoders.clip import CLIPConfig
-from text_encoders.t5 import T5Config
-from vae.autoencoder import VAEConfig
+from weights.checkpoint import PLACES
 
 T = TypeVar("T")
+Shapes = Mapping[str, tuple[int, ...]]  # of one component's tensors, by native name
 
-FOLDERS = {
-    "transformer": "transformer",
-    "vae": "vae",
-    "clip_l": "text_encoder",
-    "clip_g": "text_encoder_2",
-    "t5": "text_encoder_3",
-}
+FOLDERS = {part: folder for part, (folder, _) in PLACES.items()}
+STEMS = {part: stem for part, (_, stem) in PLACES.items()}
 PREFIXES = {
     "transformer": "model.diffusion_model.",
     "vae": "first_stage_model.",
@@ -30,7 +26,6 @@ PREFIXES = {
     "clip_g": "text_encoders.clip_g.transformer.",
     "t5": "text_encoders.t5xxl.transformer.",
 }
-STEMS = {part: "model" if folder.startswith("text") else "diffusion_pytorch_model" for part, folder in FOLDERS.items()}
 SHARD_BYTES = {"diffusion_pytorch_model": 10_000_000_000, "model": 5_000_000_000}
 
 _CLASSES = {
@@ -77,25 +72,32 @@ def write_pipeline_files(
     tokenizers: Path | None,
     defaults: dict[str, Any] | None,
     shift: float = 3.0,
+    scheduler: dict[str, Any] | None = None,
 ) -> None:
-    """model_index.json, scheduler, tokenizers (copied) and mmdit.json of a folder with these components."""
+    """model_index.json, scheduler, tokenizers (copied) and mmdit.json of a folder with these components.
+
+    scheduler: a whole scheduler_config.json in the place of SD3's with this shift.
+    """
     present = {FOLDERS[part] for part in parts} | {"scheduler"}
     for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
         if tokenizers is not None and (tokenizers / name).is_dir():
             shutil.copytree(tokenizers / name, out / name, dirs_exist_ok=True)
             present.add(name)
-    scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": shift}
+    euler = "FlowMatchEulerDiscreteScheduler"
+    plain = {"_class_name": euler, "num_train_timesteps": 1000, "shift": shift}
     (out / "scheduler").mkdir(exist_ok=True)
-    write_json(out / "scheduler" / "scheduler_config.json", scheduler | _VERSION)
+    write_json(out / "scheduler" / "scheduler_config.json", scheduler or plain | _VERSION)
     classes = {name: kind if name in present else [None, None] for name, kind in _CLASSES.items()}
     index = {"_class_name": "StableDiffusion3Pipeline", **_VERSION, **classes}
-    write_json(out / "model_index.json", index | {"scheduler": ["diffusers", scheduler["_class_name"]]})
+    write_json(
+        out / "model_index.json", index | {"scheduler": ["diffusers", (scheduler or plain).get("_class_name", euler)]}
+    )
     if defaults is not None:
         write_json(out / "mmdit.json", defaults)
 
 
-def transformer_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """transformer/config.json of the model with these native tensors."""
+def transformer_config(shapes: Shapes) -> dict[str, Any]:
+    """transformer/config.json."""
     width, channels, patch, _ = shapes["x_embedder.proj.weight"]
     qk_norm = shapes.get("joint_blocks.0.x_block.attn.ln_q.weight")
     head = qk_norm[0] if qk_norm else 64
@@ -123,74 +125,92 @@ def transformer_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     return config
 
 
-def vae_config(config: VAEConfig) -> dict[str, Any]:
+def vae_config(
+    shapes: Shapes, norm_num_groups: int = 32, scaling_factor: float = 1.5305, shift_factor: float = 0.0609
+) -> dict[str, Any]:
     """vae/config.json."""
-    levels = len(config.block_out_channels)
+    levels = len({name.split(".")[2] for name in shapes if name.startswith("encoder.down.")})
+    layers = {name.split(".")[4] for name in shapes if name.startswith("encoder.down.0.block.")}
+    channels = shapes["encoder.conv_in.weight"][1]
     return {
         "_class_name": "AutoencoderKL",
         **_VERSION,
         "act_fn": "silu",
-        "block_out_channels": list(config.block_out_channels),
+        "block_out_channels": [shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)],
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "force_upcast": True,
-        "in_channels": config.image_channels,
-        "latent_channels": config.latent_channels,
+        "in_channels": channels,
+        "latent_channels": shapes["decoder.conv_in.weight"][1],
         "latents_mean": None,
         "latents_std": None,
-        "layers_per_block": config.layers_per_block,
-        "norm_num_groups": config.norm_num_groups,
-        "out_channels": config.image_channels,
+        "layers_per_block": len(layers),
+        "norm_num_groups": norm_num_groups,
+        "out_channels": channels,
         "sample_size": 1024,
-        "scaling_factor": config.scaling_factor,
-        "shift_factor": config.shift_factor,
+        "scaling_factor": scaling_factor,
+        "shift_factor": shift_factor,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
         "use_post_quant_conv": False,
         "use_quant_conv": False,
     }
 
 
-def clip_config(config: CLIPConfig) -> dict[str, Any]:
-    """text_encoder/config.json; a CLIP without projection is a CLIPTextModel."""
+def clip_config(shapes: Shapes, heads: int | None = None, activation: str | None = None) -> dict[str, Any]:
+    """text_encoder/config.json; a CLIP without projection is a CLIPTextModel.
+
+    By default heads are 64 wide, and a model up to 768 wide (OpenAI's) has quick_gelu, a wider one (OpenCLIP's) gelu.
+    """
+    vocabulary, width = shapes["text_model.embeddings.token_embedding.weight"]
+    projection = shapes.get("text_projection.weight")
     return {
-        "architectures": ["CLIPTextModel" if config.projection_dim is None else "CLIPTextModelWithProjection"],
+        "architectures": ["CLIPTextModelWithProjection" if projection else "CLIPTextModel"],
         "bos_token_id": 0,
         # Long out of date, and meaningful: with 2, transformers pools at the largest token id of the prompt.
         "eos_token_id": 2,
-        "hidden_act": config.activation,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "layer_norm_eps": config.eps,
-        "max_position_embeddings": config.max_length,
+        "hidden_act": activation or ("quick_gelu" if width <= 768 else "gelu"),
+        "hidden_size": width,
+        "intermediate_size": shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
+        "layer_norm_eps": 1e-5,
+        "max_position_embeddings": shapes["text_model.embeddings.position_embedding.weight"][0],
         "model_type": "clip_text_model",
-        "num_attention_heads": config.num_heads,
-        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": heads or max(1, width // 64),
+        "num_hidden_layers": _count(shapes, "text_model.encoder.layers."),
         "pad_token_id": 1,
-        "projection_dim": config.projection_dim or config.hidden_size,
-        "vocab_size": config.vocab_size,
+        "projection_dim": projection[0] if projection else width,
+        "vocab_size": vocabulary,
     }
 
 
-def t5_config(config: T5Config) -> dict[str, Any]:
+def t5_config(shapes: Shapes) -> dict[str, Any]:
     """text_encoder_3/config.json."""
+    vocabulary, width = shapes["shared.weight"]
+    attention = "encoder.block.0.layer.0.SelfAttention."
+    buckets, heads = shapes[attention + "relative_attention_bias.weight"]
+    layers = _count(shapes, "encoder.block.")
     return {
         "architectures": ["T5EncoderModel"],
-        "d_ff": config.d_ff,
-        "d_kv": config.d_kv,
-        "d_model": config.d_model,
+        "d_ff": shapes["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"][0],
+        "d_kv": shapes[attention + "q.weight"][0] // heads,
+        "d_model": width,
         "decoder_start_token_id": 0,
         "dropout_rate": 0.1,
         "eos_token_id": 1,
         "feed_forward_proj": "gated-gelu",
         "is_encoder_decoder": True,
-        "layer_norm_epsilon": config.eps,
+        "layer_norm_epsilon": 1e-6,
         "model_type": "t5",
-        "num_decoder_layers": config.num_layers,
-        "num_heads": config.num_heads,
-        "num_layers": config.num_layers,
+        "num_decoder_layers": layers,
+        "num_heads": heads,
+        "num_layers": layers,
         "pad_token_id": 0,
-        "relative_attention_max_distance": config.max_distance,
-        "relative_attention_num_buckets": config.num_buckets,
+        "relative_attention_max_distance": 128,
+        "relative_attention_num_buckets": buckets,
         "tie_word_embeddings": False,
         "use_cache": True,
-        "vocab_size": config.vocab_size,
+        "vocab_size": vocabulary,
     }
+
+
+def _count(shapes: Shapes, prefix: str) -> int:
+    """How many different numbers follow the prefix."""
+    return len({name[len(prefix) :].split(".")[0] for name in shapes if name.startswith(prefix)})

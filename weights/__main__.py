@@ -1,0 +1,81 @@
+"""What is this file? `python -m weights PATH`; and into another form: `python -m weights convert IN OUT ...`."""
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from tqdm import tqdm
+
+from weights.convert import DTYPES, LAYOUTS, convert
+from weights.errors import CheckpointError, one_line
+from weights.inspect import inspect
+from weights.report import report
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong on one line and exits with 2."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {one_line(message)} (--help lists the options)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def inspect_parser() -> Parser:
+    parser = Parser(
+        prog="python -m weights",
+        description="Tell what a checkpoint, a part of one or an adapter is and how it is loaded; reads headers only.",
+        epilog="python -m weights convert --help: how to write a checkpoint in another layout or number format",
+    )
+    parser.add_argument("path", help="file or folder")
+    parser.add_argument("--json", action="store_true", help="the same as one JSON document, for programs")
+    return parser
+
+
+def convert_parser() -> Parser:
+    parser = Parser(
+        prog="python -m weights convert",
+        description="Write a checkpoint in another layout or number format, one tensor after the other.",
+    )
+    parser.add_argument("source", metavar="IN", help="diffusers folder, or single .safetensors or .gguf file")
+    parser.add_argument("out", metavar="OUT", type=Path, help="new folder (diffusers) or new file (single-file)")
+    parser.add_argument("--layout", choices=LAYOUTS, required=True)
+    parser.add_argument("--dtype", choices=DTYPES, required=True,
+                        help="fp8-scaled: linear layers of transformer and T5 as F8_E4M3 with a scale each, for this "
+                        "engine and ComfyUI; everything else bf16")  # fmt: skip
+    parser.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]",
+                        help="adapter to merge, a file or a folder; as often as needed")  # fmt: skip
+    return parser
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Do what the arguments say; CheckpointError where it cannot be done."""
+    if arguments[:1] == ["convert"]:
+        print(convert(**vars(convert_parser().parse_args(arguments[1:]))))
+        return
+    options = inspect_parser().parse_args(arguments)
+    found = inspect(options.path)
+    print(json.dumps(found, indent=2) if options.json else "\n".join(report(found)))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 2 for a file or option that is of no use, 130 if interrupted."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = lambda message, *_: tqdm.write(f"warning: {message}", file=sys.stderr)
+        try:
+            run(list(sys.argv[1:] if arguments is None else arguments))
+        except CheckpointError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted: nothing was written", file=sys.stderr)
+            return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
