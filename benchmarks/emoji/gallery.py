@@ -29,7 +29,7 @@ a watermelon on a green background""".splitlines()
 def main() -> None:
     out = Path(sys.argv[1])
     pipe = Pipeline.load()
-    pictures = draw(pipe, CAPTIONS, pipe.settings)
+    pictures = draw(pipe, [*CAPTIONS], pipe.settings)
     sheet(pictures, out, columns=8)
     with Image.open(out) as image:
         large = image.resize((image.width * 2, image.height * 2), Image.Resampling.LANCZOS)
