@@ -38,7 +38,7 @@ def test_it_has_the_architecture(demo: Pipeline) -> None:
 @pytest.mark.skipif(not FONT.exists(), reason="needs the Debian package fonts-noto-color-emoji")
 def test_it_draws_what_the_prompt_says(demo: Pipeline) -> None:
     pictures = demo(PROMPT, count=4, seed=11)
-    verdicts = [judge(np.asarray(picture), 2) for picture in pictures]
+    verdicts = [judge(np.array(picture), 2) for picture in pictures]
     assert sum(v.nouns == ("horse", "bear") and v.colour == "green" for v in verdicts) >= 3
 
 
