@@ -1,7 +1,6 @@
 """Checkpoints with random weights in the published layouts, from toy to full size.
 
-    python -m benchmarks.random_checkpoint OUT --model sd35-medium --layout diffusers --dtype bf16 --clips
-    --t5
+    python -m benchmarks.random_checkpoint OUT --model sd35-medium --layout diffusers --dtype bf16 --clips --t5
 
 Names and shapes come from the modules, built without memory; every tensor is drawn, rounded and written
 before the next, so that 15 GB on disk need little more than the largest tensor in memory. One seed gives one
@@ -14,9 +13,8 @@ noise.
 
 import argparse
 import hashlib
-import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,13 +27,13 @@ from mmdit.model import MMDiT
 from text_encoders.clip import CLIP_G, CLIP_L, CLIPConfig, CLIPTextEncoder
 from text_encoders.t5 import T5_XXL, T5Config, T5Encoder
 from vae.autoencoder import SD3_VAE, TOY_VAE, Autoencoder
-from weights import published
+from weights import published, write
 from weights.keymap import TRANSFORMER, VAE, Entry, revert, to_diffusers
+from weights.write import write_safetensors
 
 MODELS = {"sd35-medium": SD35_MEDIUM, "sd3-medium": SD3_MEDIUM, "sd35-large": SD35_LARGE, "toy": TOY}
 LAYOUTS = ("diffusers", "single-file")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-WORDS = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -240,23 +238,22 @@ def _all_shapes(parts: Mapping[str, Part]) -> dict[str, Shapes]:
 
 
 def _write_safetensors(path: Path, items: list[Item], shapes: Mapping[str, Shapes], dtype: str, seed: int) -> None:
-    """Header first, then tensor after tensor; neighbours from one native tensor share its draw."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for item in items:
-        begin, end = end, end + math.prod(item.shape) * DTYPES[dtype].itemsize
-        header[item.name] = {"dtype": WORDS[dtype], "shape": list(item.shape), "data_offsets": [begin, end]}
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
+    write_safetensors(
+        path,
+        [write.Item(item.name, DTYPES[dtype], item.shape) for item in items],
+        _drawn(items, shapes, DTYPES[dtype], seed),
+    )
+
+
+def _drawn(items: list[Item], shapes: Mapping[str, Shapes], dtype: torch.dtype, seed: int) -> Iterator[Tensor]:
+    """Tensor after tensor; neighbours from one native tensor share its draw."""
     drawn, native = None, torch.empty(0)
-    with path.open("wb") as file:
-        file.write(len(raw).to_bytes(8, "little") + raw)
-        for item in items:
-            source = (item.part, item.entry.sources[0])
-            if source != drawn:
-                native = draw(seed, *source, shapes[item.part][source[1]]).to(DTYPES[dtype])
-                drawn = source
-            file.write(revert(item.entry, native).contiguous().flatten().view(torch.uint8).numpy().data)
+    for item in items:
+        source = (item.part, item.entry.sources[0])
+        if source != drawn:
+            native = draw(seed, *source, shapes[item.part][source[1]]).to(dtype)
+            drawn = source
+        yield revert(item.entry, native)
 
 
 def main() -> None:

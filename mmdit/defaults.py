@@ -1,7 +1,7 @@
 """How each model of the family is best run, told from its architecture.
 
-Values: SD3.5-Medium in `settings`; for the other two, the example on the model card of
-stabilityai/stable-diffusion-3-medium-diffusers and of stabilityai/stable-diffusion-3.5-large.
+Values: SD3.5-Medium in `settings`; SD3-Medium as diffusers' StableDiffusion3Pipeline, which was written for it, has
+them by default; SD3.5-Large as Stability AI's sd3_infer.py (CONFIGS).
 """
 
 from typing import Any
@@ -9,8 +9,8 @@ from typing import Any
 from mmdit.config import MMDiTConfig
 from mmdit.settings import SD35_MEDIUM_DEFAULTS
 
-SD3_MEDIUM_DEFAULTS: dict[str, Any] = {**SD35_MEDIUM_DEFAULTS, "steps": 28, "cfg": 7.0}
-SD35_LARGE_DEFAULTS: dict[str, Any] = {**SD35_MEDIUM_DEFAULTS, "steps": 28, "cfg": 3.5}
+SD3_MEDIUM_DEFAULTS: dict[str, Any] = {**SD35_MEDIUM_DEFAULTS, "cfg": 7.0}
+SD35_LARGE_DEFAULTS: dict[str, Any] = {**SD35_MEDIUM_DEFAULTS, "steps": 40, "cfg": 4.5}
 
 
 def default_settings(config: MMDiTConfig) -> dict[str, Any]:

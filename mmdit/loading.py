@@ -55,7 +55,7 @@ def load_parts(settings: Settings) -> Parts:
     """
     device, dtype = device_of(settings), dtype_of(settings)
     settings.resolved({})  # mistakes first: a model may have to be fetched
-    wanted = [name for name in PARTS if name != "t5" or settings.t5 == "on"]
+    wanted = [name for name in MODULES if name != "t5" or settings.t5 == "on"]
     checkpoint = open_model(settings, wanted)
     components = {"transformer": checkpoint.component("transformer")}
     empty = {"transformer": build(components["transformer"])}
@@ -95,7 +95,7 @@ def adapters_of(parts: Mapping[str, nn.Module | None]) -> Adapters:
     return Adapters({name: part for name, part in parts.items() if part is not None and name != "vae"})
 
 
-PARTS: dict[str, tuple[type[nn.Module], Any]] = {
+MODULES: dict[str, tuple[type[nn.Module], Any]] = {
     "clip_l": (CLIPTextEncoder, CLIPConfig),
     "clip_g": (CLIPTextEncoder, CLIPConfig),
     "t5": (T5Encoder, T5Config),
@@ -106,7 +106,7 @@ PARTS: dict[str, tuple[type[nn.Module], Any]] = {
 
 def build(component: Component) -> Any:
     """The component's module without values; its config from config.json, else from the tensors' shapes."""
-    module, config = PARTS[component.name]
+    module, config = MODULES[component.name]
     try:
         values = config.from_json(component.config) if component.config else config.from_shapes(component.shapes)
         with torch.device("meta"):

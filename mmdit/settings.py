@@ -77,17 +77,16 @@ class Settings:
             value, choices = getattr(self, f.name), f.metadata.get("choices")
             if choices and value not in choices:
                 raise SettingsError(f"{f.name} is {value!r}: expected one of {', '.join(choices)}")
+        needed = {name: getattr(self, name) for name in ("prompt", "negative", "out")}
         files = ("model", "clip_l", "clip_g", "t5xxl", "vae", "tokenizers", "dump")
-        for name in ("prompt", "negative", "out", *files):
-            value = getattr(self, name)
-            if not isinstance(value, str) and (value is not None or name in ("prompt", "negative", "out")):
+        given = {name: value for name in files if (value := getattr(self, name)) is not None}
+        for name, value in (*needed.items(), *given.items(), *(("lora", text) for text in self.lora)):
+            if not isinstance(value, str):
                 raise SettingsError(f"{name} is {value!r}: expected text")
-            if any(0xD800 <= ord(c) <= 0xDFFF for c in value or ""):
+            if any(0xD800 <= ord(c) <= 0xDFFF for c in value):
                 raise SettingsError(f"{name} is {value!a}: not valid Unicode")
-        for lora in self.lora:
-            if any(0xD800 <= ord(c) <= 0xDFFF for c in lora):
-                raise SettingsError(f"lora is {lora!a}: not valid Unicode")
-            split_lora(lora)
+        for text in self.lora:
+            split_lora(text)
         for name in ("steps", "count", "width", "height"):
             value = getattr(self, name)
             if not whole(value) or value < 1:

@@ -129,14 +129,16 @@ def test_comfyui_all_in_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "cfg"), [(SD3_MEDIUM, 7.0), (SD35_MEDIUM, 4.5), (SD35_LARGE, 3.5)], ids=["sd3", "medium", "large"]
+    ("config", "steps", "cfg"),
+    [(SD3_MEDIUM, 28, 7.0), (SD35_MEDIUM, 28, 4.5), (SD35_LARGE, 40, 4.5)],
+    ids=["sd3", "medium", "large"],
 )
-def test_models_are_told_from_shapes(config: MMDiTConfig, cfg: float) -> None:
+def test_models_are_told_from_shapes(config: MMDiTConfig, steps: int, cfg: float) -> None:
     """The whole architecture, and with it the settings that the model is best run with."""
     module = meta(MMDiT, config)
     found = MMDiTConfig.from_shapes({name: tuple(tensor.shape) for name, tensor in module.state_dict().items()})
     assert found == config
-    expected = {"width": 1024, "height": 1024, "steps": 28, "cfg": cfg, "t5_length": 256}
+    expected = {"width": 1024, "height": 1024, "steps": steps, "cfg": cfg, "t5_length": 256}
     assert default_settings(found) == expected
 
 

@@ -3,7 +3,6 @@
 import json
 import math
 import struct
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layouts import Tensors, check_tensors, toy_parts, write
+from layouts import Tensors, check_tensors, loads_right_or_refuses, toy_parts, write
 from manifests import golden, manifest
 
 from mmdit.loading import build
@@ -244,21 +243,6 @@ def files(toy: dict[str, Tensors], tmp_path_factory: pytest.TempPathFactory) -> 
         stored, metadata = scaled(toy["transformer"], style)
         made[style] = write(root / style, stored, metadata).read_bytes(), unscaled(stored)
     return made.__getitem__
-
-
-def loads_right_or_refuses(path: Path, expected: Tensors) -> None:
-    refused = ""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            part = component(path)
-            state = fill(build(part), part, dtype=torch.float32).state_dict()
-    except CheckpointError as error:
-        refused = str(error)
-    if refused:
-        assert str(path) in refused
-    else:
-        assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
 
 
 @settings(max_examples=120, deadline=None)

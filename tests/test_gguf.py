@@ -5,7 +5,6 @@ import struct
 import sys
 import time
 import tracemalloc
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layouts import PARTS, Tensors, check_tensors, joined, toy_parts, write
+from layouts import PARTS, Tensors, check_tensors, joined, loads_right_or_refuses, toy_parts, write
 from manifests import golden, manifest
 from safetensors.torch import load_file
 from torch import Tensor
@@ -339,21 +338,6 @@ def whole(toy: dict[str, Tensors], tmp_path_factory: pytest.TempPathFactory) -> 
     stored = mixed(toy["transformer"], Type.Q4_1)
     path = write_gguf(tmp_path_factory.mktemp("whole") / "file", stored, shapes={"pos_embed": [1, 1024, 128]})
     return path.read_bytes(), gguf.GGUFReader(path).data_offset, decoded(stored)
-
-
-def loads_right_or_refuses(path: Path, expected: Tensors) -> None:
-    refused = ""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            part = open_checkpoint(path).component("transformer")
-            state = fill(build(part), part, dtype=torch.float32).state_dict()
-    except CheckpointError as error:
-        refused = str(error)
-    if refused:
-        assert str(path) in refused
-    else:
-        assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
 
 
 @settings(max_examples=120, deadline=None)

@@ -9,6 +9,7 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from weights.adapters.plan import Plan, Report, Step, make_plan
 from weights.adapters.scale import alpha_factor
 from weights.adapters.targets import Lookup
 from weights.errors import CheckpointError
+from weights.keymap import convert
 
 Place = tuple[str, str]  # component and name of a tensor in it
 
@@ -51,9 +53,13 @@ class Adapters:
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         """modules: filled, or on "meta" for `plan` alone, of "transformer", "clip_l", "clip_g" and "t5"."""
         self._modules = dict(modules)
-        self._lookup = Lookup({n: {k: tuple(t.shape) for k, t in m.state_dict().items()} for n, m in modules.items()})
         self._originals: dict[Place, nn.Parameter] = {}
         self._active: dict[str, Active] = {}
+
+    @cached_property
+    def _lookup(self) -> Lookup:
+        shapes = {n: {k: tuple(t.shape) for k, t in m.state_dict().items()} for n, m in self._modules.items()}
+        return Lookup(shapes)
 
     @property
     def scales(self) -> dict[str, float]:
@@ -176,9 +182,10 @@ def merged_tensor(name: str, original: Tensor, todo: list[tuple[Active, Change]]
         target = change.step.target
         tensors = {role: t.to(value.device, torch.float32) for role, t in change.tensors.items()}
         rows = value if target.rows is None else value[slice(*target.rows)]
-        seen = _swapped(rows) if target.swap else rows  # in the order of rows that the adapter was trained on
+        # In the order of rows that the adapter was trained on.
+        seen = convert("swap_halves", [rows]) if target.swap else rows
         new = (_bias if name.endswith(".bias") else _weight)(seen, change, tensors, adapter)
-        new = _swapped(new) if target.swap else new
+        new = convert("swap_halves", [new]) if target.swap else new
         if target.rows is None:
             value = new
         else:
@@ -200,7 +207,3 @@ def _bias(bias: Tensor, change: Change, tensors: Tensors, adapter: Active) -> Te
     if "up_bias" in tensors:
         bias = bias + adapter.scale * change.factor * tensors["up_bias"]
     return bias + adapter.scale * tensors["diff_b"] if "diff_b" in tensors else bias
-
-
-def _swapped(tensor: Tensor) -> Tensor:
-    return torch.cat(tensor.chunk(2)[::-1])
