@@ -73,3 +73,11 @@ def test_running_out_of_device_memory_is_the_users_error(folder: Path, monkeypat
     monkeypatch.setattr(pipeline.vae, "decode", fail)
     with pytest.raises(ValueError, match=r"^decode: the device's memory does not suffice; try --t5 off"):
         pipeline("a horse")
+
+
+def test_pixels_are_rounded_to_the_nearest_level(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Levels 10.4, 10.6 and what lies outside, written out."""
+    pipeline = Pipeline.load(folder, device="cpu", dtype="fp32")
+    levels = torch.tensor([10.4, 10.6, -3.0, 300.0]).view(1, 1, 1, 4).expand(1, 3, 1, 4)
+    monkeypatch.setattr(pipeline.vae, "decode", lambda _: levels / 127.5 - 1)
+    assert pipeline.decode(torch.zeros(1, 16, 1, 1))[0, 0, :, 0].tolist() == [10, 11, 0, 255]

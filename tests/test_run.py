@@ -357,3 +357,15 @@ def test_unknown_tensors_are_one_warning(desk: Desk) -> None:
     size = ("--width", 64, "--height", 64, "--steps", 1, "--tokenizers", desk.tokenizers)
     ran = desk.run("a horse", "--model", desk.folder / "more.safetensors", *size)
     assert (ran.code, [line[:9] for line in ran.errors], desk.files()) == (0, ["warning: "], ["a-horse-0.png"])
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk refuses the last step: the file that was there stays as it was."""
+    out = desk.out / "x.png"
+    out.parent.mkdir(parents=True)
+    out.write_bytes(b"kept")
+    monkeypatch.setattr("mmdit.output.os.replace", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    told = desk.run("a horse", out=out)
+    assert told.code == 2
+    assert out.read_bytes() == b"kept"
+    assert desk.files() == ["x.png"]
