@@ -16,6 +16,7 @@ M context tokens, D hidden size, H heads.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,9 @@ from torch import Tensor, nn
 
 from mmdit.attention import attention
 from mmdit.config import MMDiTConfig
+
+Modulation = tuple[Tensor, ...]  # shifts, scales and gates of one stream in one block, each (B, 1, D)
+Modulations = tuple[Modulation, ...]  # of the streams of a block
 
 
 class MMDiT(nn.Module):
@@ -55,24 +59,42 @@ class MMDiT(nn.Module):
         latent: `(B, C, h, w)`, h and w multiples of the patch size and within the position table.
         sigma: `(B,)`, the share of noise, 1 to 0. context: `(B, M, context_size)`. pooled: `(B, pooled_size)`.
         Returns `(B, C, h, w)`.
+
+        All that `flow` is given here but the latent is known before the first step of a sampler is taken.
         """
+        positions = crop_positions(self.pos_embed, *self.tokens(latent))
+        return self.flow(latent, positions, self.context_embedder(context), self.modulations(sigma, pooled))
+
+    def tokens(self, latent: Tensor) -> tuple[int, int]:
+        """Rows and columns of image tokens that a latent `(B, C, h, w)` becomes."""
         patch = self.config.patch_size
         rows, columns = latent.shape[2] // patch, latent.shape[3] // patch
         assert latent.shape[2:] == (rows * patch, columns * patch), f"{latent.shape} is not made of whole patches"
+        return rows, columns
 
-        # What every block is told: when (the timestep) and, in a word, what (the pooled text).
-        waves = timestep_waves(1000.0 * sigma.float()).to(latent.dtype)  # (B, 256)
+    def modulations(self, sigma: Tensor, pooled: Tensor) -> list[Modulations]:
+        """What every block is told: when (the timestep) and, in a word, what (the pooled text).
+
+        sigma: `(B,)`. pooled: `(B, pooled_size)`. Returns for every block its shifts, scales and gates, and last those
+        of the final layer.
+        """
+        waves = timestep_waves(1000.0 * sigma.float()).to(pooled.dtype)  # (B, 256)
         c = self.t_embedder(waves) + self.y_embedder(pooled)  # (B, D)
+        return [part.modulation(c) for part in (*self.joint_blocks, self.final_layer)]
 
-        # What the blocks work on: image tokens, each knowing its place, and context tokens.
+    def flow(self, latent: Tensor, positions: Tensor, context: Tensor, modulations: Sequence[Modulations]) -> Tensor:
+        """The velocity `(B, C, h, w)` of a latent of that shape.
+
+        positions: `(1, N, D)`, of its tokens. context: `(B, M, D)`, embedded. modulations: as `modulations` gives them.
+        """
         x = self.x_embedder(latent)  # (B, N, D)
-        x = x + crop_positions(self.pos_embed, rows, columns).to(x.dtype)
-        context = self.context_embedder(context)  # (B, M, D)
+        x = x + positions.to(x.dtype)
 
-        for block in self.joint_blocks:
-            x, context = block(x, context, c)
+        for block, modulation in zip(self.joint_blocks, modulations):
+            x, context = block(x, context, *modulation)
 
-        x = self.final_layer(x, c)  # (B, N, patch² C)
+        x = self.final_layer(x, *modulations[-1])  # (B, N, patch² C)
+        (rows, columns), patch = self.tokens(latent), self.config.patch_size
         return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, w=columns, p=patch, q=patch)
 
 
@@ -84,9 +106,13 @@ class JointBlock(nn.Module):
         self.x_block = x_block
         self.context_block = context_block
 
-    def forward(self, x: Tensor, context: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        x_modulation = self.x_block.modulation(c)
-        context_modulation = self.context_block.modulation(c)
+    def modulation(self, c: Tensor) -> Modulations:
+        """Those of `x_block`, then of `context_block`."""
+        return self.x_block.modulation(c), self.context_block.modulation(c)
+
+    def forward(
+        self, x: Tensor, context: Tensor, x_modulation: Modulation, context_modulation: Modulation
+    ) -> tuple[Tensor, Tensor]:
         x_qkv = self.x_block.to_qkv(x, x_modulation)  # 3 x (B, N, H, D / H)
         context_qkv = self.context_block.to_qkv(context, context_modulation)  # 3 x (B, M, H, D / H)
 
@@ -113,15 +139,15 @@ class Block(nn.Module):
         self.mlp = MLP(width)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, self.chunks * width))
 
-    def modulation(self, c: Tensor) -> tuple[Tensor, ...]:
+    def modulation(self, c: Tensor) -> Modulation:
         """Shifts, scales and gates, each `(B, 1, D)`."""
         return self.adaLN_modulation(c)[:, None].chunk(self.chunks, dim=-1)
 
-    def to_qkv(self, x: Tensor, modulation: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    def to_qkv(self, x: Tensor, modulation: Modulation) -> tuple[Tensor, Tensor, Tensor]:
         shift, scale, *_ = modulation
         return self.attn.to_qkv(modulate(self.norm1(x), shift, scale))
 
-    def finish(self, x: Tensor, attended: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
+    def finish(self, x: Tensor, attended: Tensor, modulation: Modulation) -> Tensor:
         _, _, gate, shift_mlp, scale_mlp, gate_mlp = modulation
         x = x + gate * self.attn.proj(attended)
         return x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
@@ -136,7 +162,7 @@ class DualBlock(Block):
         super().__init__(config)
         self.attn2 = SelfAttention(config)
 
-    def finish(self, x: Tensor, attended: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
+    def finish(self, x: Tensor, attended: Tensor, modulation: Modulation) -> Tensor:
         _, _, gate, shift_mlp, scale_mlp, gate_mlp, shift2, scale2, gate2 = modulation
         attended2 = attention(*self.attn2.to_qkv(modulate(self.norm1(x), shift2, scale2)))
         x = x + gate * self.attn.proj(attended) + gate2 * self.attn2.proj(attended2)
@@ -153,15 +179,15 @@ class LastContextBlock(nn.Module):
         self.attn = SelfAttention(config, output=False)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
-    def modulation(self, c: Tensor) -> tuple[Tensor, ...]:
+    def modulation(self, c: Tensor) -> Modulation:
         """Shift and scale, each `(B, 1, D)`."""
         return self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
 
-    def to_qkv(self, x: Tensor, modulation: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    def to_qkv(self, x: Tensor, modulation: Modulation) -> tuple[Tensor, Tensor, Tensor]:
         shift, scale = modulation
         return self.attn.to_qkv(modulate(self.norm1(x), shift, scale))
 
-    def finish(self, x: Tensor, attended: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:  # noqa: ARG002
+    def finish(self, x: Tensor, attended: Tensor, modulation: Modulation) -> Tensor:  # noqa: ARG002
         return x
 
 
@@ -204,8 +230,12 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(width, config.patch_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)  # (B, 1, D) each
+    def modulation(self, c: Tensor) -> Modulations:
+        """Shift and scale, each `(B, 1, D)`."""
+        return (self.adaLN_modulation(c)[:, None].chunk(2, dim=-1),)
+
+    def forward(self, x: Tensor, modulation: Modulation) -> Tensor:
+        shift, scale = modulation
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 

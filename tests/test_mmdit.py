@@ -178,7 +178,7 @@ def test_one_block_is_that_of_diffusers(config: MMDiTConfig, index: int, strengt
     x = strength * torch.randn(3, 35, config.hidden_size, generator=generator)
     context = strength * torch.randn(3, 77, config.hidden_size, generator=generator)
     c = torch.randn(3, config.hidden_size, generator=generator)
-    found_x, found_context = block(x, context, c)
+    found_x, found_context = block(x, context, *block.modulation(c))
     expected_context, expected_x = other(x, context, c)
     assert relative_error(found_x, expected_x) <= 1e-6
     if index < config.depth - 1:
@@ -204,7 +204,8 @@ def test_final_layer_is_that_of_diffusers(config: MMDiTConfig, strength: float) 
     generator = torch.Generator().manual_seed(0)
     x = strength * torch.randn(3, 35, config.hidden_size, generator=generator)
     c = torch.randn(3, config.hidden_size, generator=generator)
-    assert relative_error(ours.final_layer(x, c), theirs.proj_out(theirs.norm_out(x, c))) <= 1e-6
+    found = ours.final_layer(x, *ours.final_layer.modulation(c))
+    assert relative_error(found, theirs.proj_out(theirs.norm_out(x, c))) <= 1e-6
 
 
 @pytest.mark.parametrize(("side", "rows", "columns"), [(5, 2, 3), (5, 5, 5), (6, 1, 4), (6, 3, 6), (7, 7, 2)])
