@@ -7,6 +7,7 @@ section 5.2, 16 channels). Modules and parameters carry the names of the publish
 Shapes: B batch, C channels, H W rows and columns of the picture, h w of the latent (H / 8, W / 8 for four levels).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -100,7 +101,11 @@ class Autoencoder(nn.Module):
 
     def decode(self, latent: Tensor) -> Tensor:
         """latent `(B, latent_channels, h, w)` to a picture `(B, 3, H, W)`, about [-1, 1], not clamped."""
-        return self.decoder(latent / self.config.scaling_factor + self.config.shift_factor)
+        return self.decoder(self.raw(latent))
+
+    def raw(self, latent: Tensor) -> Tensor:
+        """The latent in the units of the decoder's own input, same shape."""
+        return latent / self.config.scaling_factor + self.config.shift_factor
 
 
 class Encoder(nn.Module):
@@ -121,7 +126,7 @@ class Encoder(nn.Module):
         for level in self.down:
             x = level(x)
         x = self.mid(x)  # (B, C3, h, w)
-        return self.conv_out(F.silu(self.norm_out(x)))  # (B, 2 * latent, h, w)
+        return self.conv_out(F.silu(self.norm_out(x), inplace=True))  # (B, 2 * latent, h, w)
 
 
 class Decoder(nn.Module):
@@ -139,9 +144,18 @@ class Decoder(nn.Module):
 
     def forward(self, latent: Tensor) -> Tensor:
         x = self.mid(self.conv_in(latent))  # (B, C3, h, w)
+        for step in self.steps():
+            x = step(x)
+        return self.conv_out(F.silu(self.norm_out(x), inplace=True))  # (B, 3, H, W)
+
+    def steps(self) -> Iterator[nn.Module]:
+        """What follows the middle, in order: residual blocks and steps to twice the resolution.
+
+        One by one, because a call of a whole level would hold the level's input in memory until it returns.
+        """
         for level in reversed(self.up):
-            x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))  # (B, 3, H, W)
+            assert isinstance(level, UpLevel)
+            yield from (*level.block, level.upsample)
 
 
 class DownLevel(nn.Module):
@@ -163,9 +177,6 @@ class UpLevel(nn.Module):
         super().__init__()
         self.block = residual_blocks(width_in, width, blocks, groups)
         self.upsample = nn.Identity() if last else Upsample(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.upsample(self.block(x))
 
 
 def residual_blocks(width_in: int, width: int, blocks: int, groups: int) -> nn.Sequential:
@@ -193,9 +204,14 @@ class ResnetBlock(nn.Module):
         self.nin_shortcut = nn.Identity() if width_in == width else nn.Conv2d(width_in, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv1(F.silu(self.norm1(x)))
-        y = self.conv2(F.silu(self.norm2(y)))
-        return self.nin_shortcut(x) + y
+        y = self.conv1(F.silu(self.norm1(x), inplace=True))
+        y = F.silu(self.norm2(y), inplace=True)  # on a line of its own, which lets go of conv1's result
+        y = self.conv2(y)
+        y += self.nin_shortcut(x)
+        return y
+
+
+QUERIES = 4096  # latent cells whose scores are taken at a time: all of a 512x512 picture's
 
 
 class AttentionBlock(nn.Module):
@@ -215,8 +231,9 @@ class AttentionBlock(nn.Module):
         q, k, v = (
             rearrange(project(normed), "b c h w -> b 1 (h w) c").contiguous() for project in (self.q, self.k, self.v)
         )
-        y = F.scaled_dot_product_attention(q, k, v)  # (B, 1, h * w, C)
-        return x + self.proj_out(rearrange(y, "b 1 (h w) c -> b c h w", h=x.shape[2]))
+        # In parts, because a backend without a fused kernel for so wide a head makes that table all the same.
+        y = torch.cat([F.scaled_dot_product_attention(part, k, v) for part in q.split(QUERIES, dim=2)], dim=2)
+        return x + self.proj_out(rearrange(y, "b 1 (h w) c -> b c h w", h=x.shape[2]))  # y: (B, 1, h * w, C)
 
 
 class Downsample(nn.Module):

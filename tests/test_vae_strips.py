@@ -1,0 +1,213 @@
+"""Decoding in strips against the plain decode and diffusers', and the memory that it takes against a count."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from live_storages import LiveStorages
+from reference import autoencoders, relative_error, rounded
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from vae import strips
+from vae.autoencoder import SD3_VAE, TOY_VAE, Autoencoder, VAEConfig
+from vae.memory import decode_peak, peak, rows_for
+from vae.strips import decode_in_strips
+
+# Groups of several channels, and another number of levels; one config grows wider towards the picture.
+FEW_GROUPS = replace(TOY_VAE, layers_per_block=2, norm_num_groups=8, scaling_factor=0.7, shift_factor=-0.4)
+WIDENING = VAEConfig((48, 24, 32), layers_per_block=1, latent_channels=4, image_channels=1, norm_num_groups=4)
+CASES = pytest.mark.parametrize(
+    ("config", "h", "w", "batch", "rows"),
+    [
+        *((TOY_VAE, 6, 10, 2, rows) for rows in (1, 2, 3, 4, 5)),
+        *((TOY_VAE, 33, 17, 1, rows) for rows in (1, 8, 32)),
+        *((FEW_GROUPS, 7, 5, 2, rows) for rows in (1, 2, 6)),
+        *((WIDENING, 9, 4, 1, rows) for rows in (1, 4, 8)),
+        (TOY_VAE, 2, 1, 1, 1),
+        (SD3_VAE, 5, 6, 1, 2),
+    ],
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+# ---- the same picture ----------------------------------------------------------------------------
+
+
+@CASES
+def test_strips_are_the_plain_decode_and_that_of_diffusers(
+    config: VAEConfig, h: int, w: int, batch: int, rows: int
+) -> None:
+    ours, theirs = autoencoders(config)
+    latent = _latent(config, h, w, batch)
+    picture = decode_in_strips(ours, latent, rows)
+    assert relative_error(picture, theirs.decode(ours.raw(latent), return_dict=False)[0]) <= 1e-5
+    assert relative_error(picture, ours.decode(latent)) <= 1e-5
+
+
+@CASES
+def test_in_float64_only_the_last_digits_differ(config: VAEConfig, h: int, w: int, batch: int, rows: int) -> None:
+    """What is not rounding, a wrong edge of one strip say, is far above 1e-13; rounding is below."""
+    exact = copy.deepcopy(autoencoders(config).ours).double()
+    latent = _latent(config, h, w, batch).double()
+    assert relative_error(decode_in_strips(exact, latent, rows, store="cpu"), exact.decode(latent)) <= 1e-13
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype"), [(TOY_VAE, torch.bfloat16), (FEW_GROUPS, torch.bfloat16), (TOY_VAE, torch.float16)]
+)
+def test_half_precision_is_as_near_to_the_exact_result_as_the_plain_decode(
+    config: VAEConfig, dtype: torch.dtype
+) -> None:
+    """Errors of both against float64 with the same rounded weights, mean over seeds and strip heights."""
+    plain, stripped = [], []
+    for seed in range(6):
+        ours, _, exact = rounded(autoencoders(config, seed), dtype)
+        assert isinstance(ours, Autoencoder)
+        latent = _latent(config, 8, 9, 1, seed).to(dtype)
+        picture = exact.decode(latent.double() / config.scaling_factor + config.shift_factor, return_dict=False)[0]
+        plain += [relative_error(ours.decode(latent), picture)]
+        for rows in (1, 3, 4):
+            found = decode_in_strips(ours, latent, rows)
+            assert found.dtype == dtype
+            stripped += [relative_error(found, picture)]
+    assert sum(stripped) / 18 <= 1.02 * sum(plain) / 6
+    assert max(stripped) <= 0.05
+
+
+def test_large_means_cost_no_digits() -> None:
+    """All biases are 300, about a thousand deviations; sums of squares in float32 would keep one digit."""
+    ours = copy.deepcopy(autoencoders(TOY_VAE).ours)
+    for name, parameter in ours.decoder.named_parameters():
+        if name.endswith(("conv1.bias", "conv_in.bias")):
+            parameter.fill_(300.0)
+    latent = _latent(TOY_VAE, 11, 6, 1)
+    exact = copy.deepcopy(ours).double().decode(latent.double())
+    for rows in (1, 4, 7):
+        off = relative_error(decode_in_strips(ours, latent, rows), exact)
+        assert off <= 3 * relative_error(ours.decode(latent), exact) <= 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_equal_bit_for_bit(dtype: torch.dtype) -> None:
+    """Strips as high as the latent and the plain decode; pictures of a batch and each alone."""
+    ours = copy.deepcopy(autoencoders(TOY_VAE).ours).to(dtype)
+    latent = _latent(TOY_VAE, 6, 10, 2).to(dtype)
+    for rows in (6, 7, 1000):
+        assert torch.equal(decode_in_strips(ours, latent, rows), ours.decode(latent))
+    alone = torch.cat([decode_in_strips(ours, one, 4) for one in latent.split(1)])
+    assert torch.equal(decode_in_strips(ours, latent, 4), alone)
+
+
+def test_statistics_without_batch_norms_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of other devices, taken here."""
+    ours, latent = autoencoders(FEW_GROUPS).ours, _latent(FEW_GROUPS, 7, 5, 1)
+    expected = decode_in_strips(ours, latent, 3)
+    monkeypatch.setattr(strips, "UPDATE_STATS", ())
+    assert 0 < relative_error(decode_in_strips(ours, latent, 3), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("rows", [0, -1])
+def test_strips_without_rows_are_refused(rows: int) -> None:
+    with pytest.raises(ValueError, match=f"a strip of {rows} rows: it needs at least 1"):
+        decode_in_strips(autoencoders(TOY_VAE).ours, _latent(TOY_VAE, 6, 10, 1), rows)
+
+
+def test_attention_in_parts_is_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    exact, latent = copy.deepcopy(autoencoders(TOY_VAE).ours).double(), _latent(TOY_VAE, 6, 10, 1).double()
+    expected = exact.decode(latent)
+    monkeypatch.setattr("vae.autoencoder.QUERIES", 7)  # does not divide 60
+    assert relative_error(exact.decode(latent), expected) <= 1e-13
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "height", "width", "rows", "dtype"),
+    [
+        *((SD3_VAE, 512, 512, rows, torch.bfloat16) for rows in (None, 40, 8)),
+        *((SD3_VAE, 1024, 1024, rows, torch.bfloat16) for rows in (None, 64, 13)),
+        *((SD3_VAE, 1440, 1440, rows, torch.bfloat16) for rows in (None, 100, 32)),
+        *((SD3_VAE, 1920, 1024, rows, torch.bfloat16) for rows in (None, 48)),
+        (SD3_VAE, 1024, 1024, 32, torch.float32),
+        *((TOY_VAE, 256, 256, rows, torch.float32) for rows in (None, 31, 4, 1)),
+        *((WIDENING, 128, 64, rows, torch.float32) for rows in (None, 7)),
+    ],
+)
+def test_predicted_peaks_are_those_counted(
+    config: VAEConfig, height: int, width: int, rows: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fake tensors through the real code at full size; a store apart is played by copying what is loaded."""
+    h, w = height // config.downscale, width // config.downscale
+    expected = peak(config, h, w, rows, dtype)
+    same = _count(config, h, w, rows or h, dtype)
+    assert same.together == pytest.approx(expected.together, rel=0.01)
+    assert same.together == pytest.approx(decode_peak(config, h, w, rows, dtype, store_apart=False), rel=0.01)
+    load = strips.Map.load
+    monkeypatch.setattr(strips.Map, "load", lambda *args, **options: load(*args, **options).clone())
+    apart = _count(config, h, w, rows or h, dtype)
+    assert apart.peak["device"] == pytest.approx(expected.device, rel=0.01)
+    assert apart.peak["device"] == pytest.approx(decode_peak(config, h, w, rows, dtype), rel=0.01)
+    assert apart.peak.get("store", 0) == pytest.approx(expected.store, rel=0.01)
+
+
+@pytest.mark.parametrize("rows", [32, 10, 3])
+def test_predicted_peaks_are_those_of_a_real_decode(rows: int) -> None:
+    ours, latent = autoencoders(TOY_VAE).ours, _latent(TOY_VAE, 32, 32, 1)
+    with LiveStorages(ignored=[*ours.parameters(), latent]) as count:
+        decode_in_strips(ours, latent, rows)
+    assert count.together == pytest.approx(peak(TOY_VAE, 32, 32, rows, torch.float32).together, rel=0.05)
+
+
+@pytest.mark.parametrize(("height", "width", "gigabytes"), [(512, 512, 1.0), (1024, 1024, 1.3), (1440, 1440, 1.7)])
+def test_pictures_fit_small_devices(height: int, width: int, gigabytes: float) -> None:
+    """With the decoder's weights, in bfloat16."""
+    with torch.device("meta"):
+        weights = sum(2 * parameter.numel() for parameter in Autoencoder(SD3_VAE).decoder.parameters())
+    rows = rows_for(SD3_VAE, height // 8, width // 8, torch.bfloat16, int(gigabytes * 1e9) - weights)
+    assert rows is not None and rows >= 64
+
+
+@pytest.mark.parametrize("store_apart", [True, False])
+def test_rows_are_the_most_that_fit(store_apart: bool) -> None:
+    peaks = [decode_peak(SD3_VAE, 64, 48, rows, torch.bfloat16, store_apart) for rows in range(1, 65)]
+    for budget in (peaks[-1], peaks[-1] - 1, peaks[40], peaks[40] + 1000, peaks[0], peaks[0] - 1):
+        fitting = [rows for rows, found in enumerate(peaks, start=1) if found <= budget]
+        assert rows_for(SD3_VAE, 64, 48, torch.bfloat16, budget, store_apart) == max(fitting, default=None)
+
+
+def _count(config: VAEConfig, h: int, w: int, rows: int, dtype: torch.dtype) -> LiveStorages:
+    """All that a decode of fake tensors makes, whole maps in the pool "store"."""
+    with FakeTensorMode(), pytest.MonkeyPatch.context() as patch:
+        normal = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            vae = Autoencoder(config)
+        finally:
+            torch.set_default_dtype(normal)
+        latent = torch.empty(1, config.latent_channels, h, w, dtype=dtype)
+        pools, room = ["device"], strips._room
+
+        def stored(*args: object) -> Tensor:
+            pools.append("store")
+            values = room(*args)  # type: ignore[arg-type]
+            pools.pop()
+            return values
+
+        patch.setattr(strips, "_room", stored)
+        with LiveStorages(ignored=[*vae.parameters(), latent], pool=lambda: pools[-1]) as count:
+            decode_in_strips(vae, latent, rows)
+    return count
+
+
+def _latent(config: VAEConfig, h: int, w: int, batch: int, seed: int = 0) -> Tensor:
+    shape = (batch, config.latent_channels, h, w)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

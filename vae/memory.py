@@ -1,0 +1,136 @@
+"""How much memory a decode takes, by arithmetic: the maps that live at the same time, of one picture.
+
+Counted are the tensors of the code as it stands in `vae.autoencoder` and `vae.strips`; the tests compare with what it
+really allocates. Not counted are the weights, a convolution library's own workspace, and the table of scores of a
+backend that has no fused attention for heads as wide as the last level. h, w: rows and columns of the latent.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from vae.autoencoder import VAEConfig
+from vae.strips import strips
+
+
+class Peak(NamedTuple):
+    """The most bytes that a decode holds at once."""
+
+    device: int  # activations where it is computed
+    store: int  # whole maps; 0 for the plain path
+    together: int  # both, where they are the same memory
+
+
+def decode_peak(
+    config: VAEConfig, h: int, w: int, rows: int | None, dtype: torch.dtype, store_apart: bool = True
+) -> int:
+    """Bytes on the device during the decode of one picture, in addition to the weights.
+
+    rows: as for `decode_in_strips`; None or at least h is the plain path. store_apart: whether the store is other
+    memory than the device's (`peak` tells the store's own bytes). Of several pictures, strips take the same and the
+    finished pictures more, the plain path takes the multiple.
+    """
+    found = peak(config, h, w, rows, dtype)
+    return found.device if store_apart else found.together
+
+
+def rows_for(
+    config: VAEConfig, h: int, w: int, dtype: torch.dtype, budget: int, store_apart: bool = True
+) -> int | None:
+    """The largest `rows` whose peak is within `budget` bytes: h where the plain path fits; None where nothing does."""
+    fitting = (r for r in range(h, 0, -1) if decode_peak(config, h, w, r, dtype, store_apart) <= budget)
+    return next(fitting, None)
+
+
+def peak(config: VAEConfig, h: int, w: int, rows: int | None, dtype: torch.dtype) -> Peak:
+    """All three peaks of `decode_peak`'s arguments."""
+    moments = list(_plain(config, h, w) if rows is None or rows >= h else _in_strips(config, h, w, rows))
+    device = max(m.made + m.loaded for m in moments)
+    store = max(m.store for m in moments)
+    together = max(m.made + m.store for m in moments)
+    return Peak(*(dtype.itemsize * numbers for numbers in (device, store, together)))
+
+
+class Moment(NamedTuple):
+    """Numbers held at one time."""
+
+    made: int  # on the device, computed there
+    loaded: int = 0  # on the device, copied from the store; where both are the same memory, these are no copies
+    store: int = 0  # in whole maps
+
+
+class Layer(NamedTuple):
+    """A residual block after the middle."""
+
+    before: int  # channels
+    after: int
+    scale: int  # its rows per row of the latent
+    doubles: bool  # whether the step to twice the resolution follows
+
+
+def _layers(config: VAEConfig) -> Iterator[Layer]:
+    blocks, widths = config.layers_per_block + 1, config.block_out_channels[::-1]
+    for level, width in enumerate(widths):
+        for i in range(blocks):
+            before = widths[max(level - 1, 0)] if i == 0 else width
+            yield Layer(before, width, 2**level, doubles=i == blocks - 1 and level < len(widths) - 1)
+
+
+def _middle(config: VAEConfig, h: int, w: int) -> Moment:
+    """conv_in's map, attention's input, norm, q, k, v, result, its projection and the sum."""
+    return Moment(9 * config.block_out_channels[-1] * h * w)
+
+
+def _plain(config: VAEConfig, h: int, w: int) -> Iterator[Moment]:
+    yield _middle(config, h, w)
+    for before, after, scale, doubles in _layers(config):
+        size = scale * h * scale * w
+        yield Moment((2 * before + after) * size)  # conv1: the block's input, its norm, the result
+        yield Moment((before + 2 * after) * size)  # conv2 likewise, and the sum with the input in another width
+        if doubles:
+            yield Moment((1 + 4 + 4) * after * size)  # the map, its rows and columns doubled, the result
+    width, size = config.block_out_channels[0], config.downscale**2 * h * w
+    yield Moment((2 * width + config.image_channels) * size)
+
+
+def _in_strips(config: VAEConfig, h: int, w: int, rows: int) -> Iterator[Moment]:
+    yield _middle(config, h, w)
+    held = config.block_out_channels[-1] * h * w  # numbers of the map that a block begins with, in the store
+    yield Moment(held, 0, held)
+    for before, after, scale, doubles in _layers(config):
+        size, columns = scale * h * scale * w, scale * w
+        store = held + after * size
+        room = after * size if after > before else 0  # for a sum that does not fit into the input's place
+        for own, seen, made in _extents(scale * h, scale * rows):
+            yield from _filtered(before * seen * columns, after * made * columns, store)
+            yield from _filtered(after * seen * columns, after * made * columns, store + room)
+            shortcut = after * own if after != before else 0
+            yield Moment((after * made + shortcut) * columns, before * own * columns, store + room)
+        held = max(held, after * size) if not room else after * size
+        if doubles:
+            store = held + 4 * after * size
+            for own, seen, made in _extents(scale * h, scale * rows):
+                yield Moment(4 * after * seen * columns, after * seen * columns, store)
+                yield Moment((4 * seen + 2 * (own + made)) * after * columns, 0, store)
+            held = 4 * after * size
+    width, columns, size = config.block_out_channels[0], config.downscale * w, config.downscale**2 * h * w
+    for _, seen, made in _extents(config.downscale * h, config.downscale * rows):
+        for moment in _filtered(width * seen * columns, config.image_channels * made * columns, held):
+            yield moment._replace(made=moment.made + config.image_channels * size)  # the picture
+
+
+def _filtered(before: int, after: int, store: int) -> Iterator[Moment]:
+    """Norm, SiLU and convolution of a strip."""
+    yield Moment(before, before, store)
+    yield Moment(before + after, 0, store)
+
+
+def _extents(height: int, rows: int) -> set[tuple[int, int, int]]:
+    """The different strips of a map: own rows, rows with halo, rows that a convolution makes of those."""
+    found = set()
+    for strip in strips(height, rows):
+        own = strip.bottom - strip.top
+        seen = own + strip.above + strip.below
+        found.add((own, seen, own if strip.above and strip.below else seen))
+    return found
