@@ -1,17 +1,16 @@
-"""From settings to loaded parts: which file becomes which module, on which device, in which number format."""
+"""From settings to networks: which file becomes which module, on which device, in which number format."""
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from mmdit.config import MMDiTConfig
 from mmdit.defaults import default_settings
 from mmdit.model import MMDiT
+from mmdit.residency import Network
 from mmdit.settings import Settings, SettingsError, check_defaults, check_size, split_lora, user_path
 from text_encoders import (
     CLIPConfig,
@@ -24,7 +23,7 @@ from text_encoders import (
     TokenizerError,
 )
 from vae import Autoencoder, VAEConfig
-from weights import Checkpoint, CheckpointError, Component, fill, hub, open_checkpoint
+from weights import Checkpoint, CheckpointError, Component, Source, hub, open_checkpoint
 from weights.adapters import Adapters
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -37,9 +36,9 @@ SEPARATE = {"clip_l": "clip_l", "clip_g": "clip_g", "t5": "t5xxl", "vae": "vae"}
 class Parts(NamedTuple):
     """What a picture needs."""
 
-    transformer: MMDiT
-    text: TextEncoder
-    vae: Autoencoder
+    networks: dict[str, Network]  # empty as yet
+    text: TextEncoder  # of the modules of `networks`
+    adapters: Adapters
     defaults: dict[str, float]  # the model's own settings
     shift: float  # of its noise schedule
     device: torch.device
@@ -47,19 +46,18 @@ class Parts(NamedTuple):
 
 
 def load_parts(settings: Settings) -> Parts:
-    """Open the model that the settings name, the demo if none, and fill its modules.
+    """Open the model that the settings name, the demo if none; no tensor is read as yet.
 
-    Without T5 (`settings.t5` off or omit) its files are not opened. All that can be wrong with the settings, the
-    names and the shapes is found before the first tensor is read. Raises SettingsError, CheckpointError or
-    TokenizerError.
+    Without T5 (`settings.t5` off or omit) its files are not opened. All that can be wrong with the settings, the names
+    and the shapes is found here. Raises SettingsError, CheckpointError or TokenizerError.
     """
     device, dtype = device_of(settings), dtype_of(settings)
     settings.resolved({})  # mistakes first: a model may have to be fetched
     wanted = [name for name in MODULES if name != "t5" or settings.t5 == "on"]
     checkpoint = open_model(settings, wanted)
     components = {"transformer": checkpoint.component("transformer")}
-    empty = {"transformer": build(components["transformer"])}
-    defaults = default_settings(empty["transformer"].config)
+    modules = {"transformer": build(components["transformer"])}
+    defaults = default_settings(modules["transformer"].config)
     defaults |= check_defaults(checkpoint.defaults, str(checkpoint.path / "mmdit.json"))
     settings.resolved(defaults)
     for name in wanted:
@@ -70,29 +68,25 @@ def load_parts(settings: Settings) -> Parts:
     shift = shift_of(checkpoint)
     tokenizers = load_tokenizers(settings, checkpoint)
     components |= {name: checkpoint.component(name) for name in wanted}
-    empty |= {name: build(components[name]) for name in wanted if name != "transformer"}
-    check_together(components, empty)
-    check_size(settings, empty["transformer"].config, empty["vae"].config.downscale)
-    adapters = adapters_of(empty)
+    modules |= {name: build(components[name]) for name in wanted if name != "transformer"}
+    check_together(components, modules)
+    check_size(settings, modules["transformer"].config, modules["vae"].config.downscale)
+    networks = {}
+    for name in wanted:
+        source = Source(modules[name], components[name], part_dtype(name, dtype))
+        networks[name] = Network(name, modules[name], source, device)
+    adapters = Adapters({name: network for name, network in networks.items() if name != "vae"})
     for lora in settings.lora:
         adapters.plan(split_lora(lora)[0])
-    size = sum(p.numel() * part_dtype(n, dtype).itemsize for n in wanted for p in empty[n].state_dict().values())
-    with tqdm(total=size, desc="load", unit="B", unit_scale=True, disable=None, leave=False) as bar:
-        full = {n: fill(empty[n], components[n], part_dtype(n, dtype), device, bar.update) for n in wanted}
     text = TextEncoder(
         **tokenizers,
-        clip_l=full["clip_l"],
-        clip_g=full["clip_g"],
-        t5=full.get("t5"),
+        clip_l=modules["clip_l"],
+        clip_g=modules["clip_g"],
+        t5=modules.get("t5"),
         t5_mode=settings.t5,
-        width=full["transformer"].config.context_size,
+        width=modules["transformer"].config.context_size,
     )
-    return Parts(full["transformer"], text, full["vae"], defaults, shift, device, dtype)
-
-
-def adapters_of(parts: Mapping[str, nn.Module | None]) -> Adapters:
-    """The adapters of those parts that have any, the transformer and the text encoders that are there."""
-    return Adapters({name: part for name, part in parts.items() if part is not None and name != "vae"})
+    return Parts(networks, text, adapters, defaults, shift, device, dtype)
 
 
 MODULES: dict[str, tuple[type[nn.Module], Any]] = {

@@ -17,6 +17,7 @@ M context tokens, D hidden size, H heads.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +81,8 @@ class MMDiT(nn.Module):
         """
         waves = timestep_waves(1000.0 * sigma.float()).to(pooled.dtype)  # (B, 256)
         c = self.t_embedder(waves) + self.y_embedder(pooled)  # (B, D)
-        return [part.modulation(c) for part in (*self.joint_blocks, self.final_layer)]
+        parts: list[Any] = [*self.joint_blocks, self.final_layer]
+        return [part.modulation(c) for part in parts]
 
     def flow(self, latent: Tensor, positions: Tensor, context: Tensor, modulations: Sequence[Modulations]) -> Tensor:
         """The velocity `(B, C, h, w)` of a latent of that shape.
@@ -113,16 +115,21 @@ class JointBlock(nn.Module):
     def forward(
         self, x: Tensor, context: Tensor, x_modulation: Modulation, context_modulation: Modulation
     ) -> tuple[Tensor, Tensor]:
-        x_qkv = self.x_block.to_qkv(x, x_modulation)  # 3 x (B, N, H, D / H)
-        context_qkv = self.context_block.to_qkv(context, context_modulation)  # 3 x (B, M, H, D / H)
-
-        q, k, v = (torch.cat(pair, dim=1) for pair in zip(context_qkv, x_qkv))
-        attended = attention(q, k, v)  # (B, M + N, D)
-        context_attended, x_attended = attended.split([context.shape[1], x.shape[1]], dim=1)
-
+        context_attended, x_attended = self.attend(x, context, x_modulation, context_modulation)
         context = self.context_block.finish(context, context_attended, context_modulation)
         x = self.x_block.finish(x, x_attended, x_modulation)
         return x, context
+
+    def attend(
+        self, x: Tensor, context: Tensor, x_modulation: Modulation, context_modulation: Modulation
+    ) -> tuple[Tensor, Tensor]:
+        """What the tokens of `context` `(B, M, D)` and of `x` `(B, N, D)` gather from all of both."""
+        x_qkv = self.x_block.to_qkv(x, x_modulation)  # 3 x (B, N, H, D / H)
+        context_qkv = self.context_block.to_qkv(context, context_modulation)  # 3 x (B, M, H, D / H)
+        q, k, v = (torch.cat(pair, dim=1) for pair in zip(context_qkv, x_qkv))
+        attended = attention(q, k, v)  # (B, M + N, D)
+        context_attended, x_attended = attended.split([context.shape[1], x.shape[1]], dim=1)
+        return context_attended, x_attended
 
 
 class Block(nn.Module):

@@ -6,23 +6,31 @@ another sampler.
 """
 
 import time
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from mmdit.loading import DTYPES, Parts, adapters_of, load_parts
+from mmdit.loading import DTYPES, Parts, load_parts
+from mmdit.memory import Job, Plan, Planner, budget_of
+from mmdit.model import MMDiT
+from mmdit.prepared import Prepared
+from mmdit.residency import Residency
 from mmdit.settings import LOADED, Settings, SettingsError, check_size, settings_from, split_lora
 from samplers import Step, classifier_free_guidance, euler, shifted_sigmas
 from samplers.guidance import Velocity
 from text_encoders import Conditioning, TokenizerError
+from vae import Autoencoder, decode_in_strips
 from weights import CheckpointError
+
+T = TypeVar("T")
 
 
 class NotFiniteError(ValueError):
@@ -51,15 +59,18 @@ class Pipeline:
     def __init__(self, parts: Parts, settings: Settings) -> None:
         """settings: what loading fixed is read from it (`LOADED`).
 
-        `adapters` adds more adapters, rescales them and takes them out.
+        `adapters` adds more adapters, rescales them and takes them out; `plan` is what is on the device when.
         """
-        self.transformer, self.text, self.vae = parts.transformer, parts.text, parts.vae
+        networks = parts.networks
+        self.transformer: MMDiT = networks["transformer"].module
+        self.vae: Autoencoder = networks["vae"].module
+        self.text = parts.text
         self.defaults, self.shift, self.device, self.dtype = parts.defaults, parts.shift, parts.device, parts.dtype
-        self.settings = settings
-        encoders = {"clip_l": self.text.clip_l, "clip_g": self.text.clip_g, "t5": self.text.t5}
-        self.adapters = adapters_of({"transformer": self.transformer, **encoders})
+        self.settings, self.adapters = settings, parts.adapters
+        self.residency, self.planner = Residency(networks), Planner(networks, self.device, self.dtype)
         for path, scale in map(split_lora, settings.lora):
             self.adapters.add(path, scale)
+        self.follow(self.plan_for(settings.resolved(self.defaults)))
 
     @classmethod
     def load(cls, model: str | Path | None = None, **keywords: Any) -> "Pipeline":
@@ -93,34 +104,82 @@ class Pipeline:
         """Draw by a Settings. trace: filled with every stage's tensors where given (the names of `--dump`)."""
         s, seconds = self.check(settings), {}
         assert s.width and s.height and s.steps and s.t5_length and s.cfg is not None
-        with stage("encode", seconds, total=1 if s.cfg == 1 else 2) as bar:
-            cond = self.encode([s.prompt], s.t5_length)
-            bar.update()
-            uncond = None if s.cfg == 1 else self.encode([s.negative], s.t5_length)
+        steps, cfg, t5_length = s.steps, s.cfg, s.t5_length
+        self.follow(self.plan_for(s))
+        texts = [s.prompt] if cfg == 1 else [s.prompt, s.negative]
         noise = self.noise(s.width, s.height, range(s.seed, s.seed + s.count))
-        sigmas = shifted_sigmas(s.steps, self.shift)
-        with stage("denoise", seconds, total=s.steps) as bar, exact_convolutions(self.dtype):
-            velocity = self.velocity(cond, uncond, s.cfg, s.count)
+        sigmas = shifted_sigmas(steps, self.shift)
 
-            def watch(step: Step) -> None:
-                self.check_finite(step.x, f"the latents after step {step.index + 1} of {s.steps}")
-                if trace is not None:
-                    trace[f"velocity.{step.index}"] = step.velocity.cpu()
-                    trace[f"latents.{step.index}"] = step.x.cpu()
-                bar.update()
+        def encode(bar: tqdm) -> Conditioning:
+            bar.total = 1
+            return self.encode(texts, t5_length)
 
-            latents = euler(velocity, noise.to(self.device), sigmas.to(self.device), watch)
-        with stage("decode", seconds, total=s.count) as bar, exact_convolutions(self.dtype):
-            pictures = []
+        def denoise(bar: tqdm) -> Tensor:
+            parts = noise.split(self.plan.batch)
+            bar.total, ends = steps * len(parts), []
+            for i, x in enumerate(parts):
+                watch = Watch(self, bar, steps, trace, first=i == 0)
+                velocity = self.velocity(cond, uncond, cfg, len(x), sigmas[:-1].tolist())
+                ends.append(euler(velocity, x.to(self.device), sigmas, watch))
+            return torch.cat(ends)
+
+        def decode(bar: tqdm) -> Tensor:
+            bar.total, pictures = s.count, []
             for latent in latents.split(1):
                 pictures.append(self.decode(latent))
                 bar.update()
-        pixels = torch.cat(pictures)  # (B, H, W, 3)
+            return torch.cat(pictures)
+
+        encoded = self.stage("encode", s, seconds, encode)
+        cond, uncond = encoded[:1], encoded[1:] if cfg != 1 else None
+        latents = self.stage("denoise", s, seconds, denoise)
+        pixels = self.stage("decode", s, seconds, decode)  # (B, H, W, 3)
+        self.residency.use(None)
         if trace is not None:
             trace.update(sigmas=sigmas, noise=noise, image=pixels, **traced_text("cond", cond, s.count))
             trace.update(traced_text("uncond", uncond, s.count) if uncond else {})
         images = [Image.fromarray(picture.numpy()) for picture in pixels]
         return Result(images, replace(s, **self.actual), seconds)
+
+    # ---- memory ----------------------------------------------------------------------------------
+
+    def plan_for(self, s: Settings) -> Plan:
+        """The fastest plan that draws by these settings within their `memory`; SettingsError where none does."""
+        return self.planner.plan(self.job(s), budget_of(s.memory, self.device))
+
+    def job(self, s: Settings) -> Job:
+        assert s.width and s.height and s.steps and s.t5_length
+        config, cell = self.transformer.config, self.vae.config.downscale
+        largest = config.pos_embed_max_size * config.patch_size  # a default may be more than the model can do
+        rows, columns = (min(side // cell, largest) for side in (s.height, s.width))
+        return Job(rows, columns, s.count, s.steps, 1 if s.cfg == 1 else 2, 0 if s.t5 == "omit" else s.t5_length)
+
+    def follow(self, plan: Plan) -> None:
+        """Have on the device what the plan says."""
+        self.plan = plan
+        self.residency.arrange(plan.modes)
+
+    def stage(self, name: str, s: Settings, seconds: dict[str, float], work: Callable[[tqdm], T]) -> T:
+        """Time a stage into `seconds`; where memory runs out, take the next smaller plan and begin it once again."""
+        start = time.perf_counter()
+        try:
+            result = self.attempt(name, work)
+        except DeviceMemoryError:
+            self.residency.use(None)
+            plan = self.planner.smaller(self.job(s), self.plan, name)
+            if plan is None:
+                raise
+            warnings.warn(f"{name}: memory ran out; trying again with less: {plan}", stacklevel=2)
+            self.follow(plan)
+            result = self.attempt(name, work)
+        seconds[name] = time.perf_counter() - start
+        return result
+
+    def attempt(self, name: str, work: Callable[[tqdm], T]) -> T:
+        with memory_errors(name), exact_convolutions(self.dtype), tqdm(desc=name, disable=None, leave=False) as bar:
+            return work(bar)
+
+    # ---- stages ----------------------------------------------------------------------------------
 
     @property
     def actual(self) -> dict[str, Any]:
@@ -154,26 +213,39 @@ class Pipeline:
         return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
 
     def velocity(
-        self, cond: Conditioning, uncond: Conditioning | None = None, cfg: float = 1.0, count: int = 1
+        self,
+        cond: Conditioning,
+        uncond: Conditioning | None = None,
+        cfg: float = 1.0,
+        count: int = 1,
+        sigmas: Iterable[float] = (),
     ) -> Velocity:
         """What a sampler integrates: a function of latents `(count, C, h, w)` and sigma, float32 in and out.
 
-        cond, uncond: texts of batch 1 or `count`; without `uncond` there is no guidance. Gradients with respect to
-        the latents flow.
+        cond, uncond: texts of batch 1 or `count`; without `uncond` there is no guidance. sigmas: the noise levels that
+        the sampler will ask for, if they are known; they are prepared together. Gradients with respect to the latents
+        flow.
         """
         texts = (cond,) if uncond is None else (cond, uncond)
-        context = torch.cat([t.context.expand(count, -1, -1) for t in texts]).to(self.device, self.dtype)
-        pooled = torch.cat([t.pooled.expand(count, -1) for t in texts]).to(self.device, self.dtype)
+        rows = max(len(t.pooled) for t in texts)
+        context = torch.cat([t.context.expand(rows, -1, -1) for t in texts]).to(self.device, self.dtype)
+        pooled = torch.cat([t.pooled.expand(rows, -1) for t in texts]).to(self.device, self.dtype)
+        self.residency.use("transformer")
+        prepared = Prepared(self.transformer, context, pooled, count // rows, sigmas)
 
         def velocity(x: Tensor, sigma: Tensor) -> Tensor:
-            return self.transformer(x.to(self.dtype), sigma.expand(len(x)), context, pooled).float()
+            self.residency.use("transformer")
+            return prepared(x.to(self.dtype), sigma).float()
 
         return velocity if uncond is None else classifier_free_guidance(velocity, cfg)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents `(B, C, h, w)` to pixels, uint8 `(B, H, W, 3)` on the CPU, rounded to the nearest level."""
-        pictures = self.vae.decode(latents.to(self.dtype)).float()  # (B, 3, H, W)
+        self.residency.use("vae")
+        latents = latents.to(self.device, self.dtype)
+        rows = self.plan.strip or latents.shape[2]
+        pictures = decode_in_strips(self.vae, latents, rows, "cpu").float()  # (B, 3, H, W)
         self.check_finite(pictures, "the decoded picture")
         return ((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
@@ -189,20 +261,27 @@ class Pipeline:
             raise NotFiniteError(f"{what}: NaN or infinity; {hint}")
 
 
+class Watch:
+    """What is looked at after each step: are the numbers finite; and the trace, if there is one, batch by batch."""
+
+    def __init__(self, pipe: Pipeline, bar: tqdm, steps: int, trace: dict[str, Tensor] | None, first: bool) -> None:
+        self.pipe, self.bar, self.steps, self.trace, self.first = pipe, bar, steps, trace, first
+
+    def __call__(self, step: Step) -> None:
+        self.pipe.check_finite(step.x, f"the latents after step {step.index + 1} of {self.steps}")
+        seen = {f"velocity.{step.index}": step.velocity, f"latents.{step.index}": step.x}
+        if self.trace is not None:
+            for name, values in seen.items():
+                before = [] if self.first else [self.trace[name]]
+                self.trace[name] = torch.cat([*before, values.cpu()])
+        self.bar.update()
+
+
 def traced_text(name: str, text: Conditioning, count: int) -> dict[str, Tensor]:
     """A conditioning under its names in a dump, repeated for every picture."""
     named = {f"tokens.{encoder}": ids for encoder, ids in text.tokens.items()}
     named |= {"context": text.context.float(), "pooled": text.pooled.float()}
     return {f"{name}.{key}": t.expand(count, *t.shape[1:]).cpu().contiguous() for key, t in named.items()}
-
-
-@contextmanager
-def stage(name: str, seconds: dict[str, float], total: int) -> Iterator[tqdm]:
-    """Time a stage into `seconds` and show its progress on a terminal."""
-    start = time.perf_counter()
-    with memory_errors(name), tqdm(total=total, desc=name, disable=None, leave=False) as bar:
-        yield bar
-    seconds[name] = time.perf_counter() - start
 
 
 @contextmanager

@@ -53,6 +53,9 @@ class Settings:
     t5_length: int | None = _setting(None, "tokens that T5 reads, 2 to 512 (default: the model's own)", metavar="N")
     dtype: str = _setting("auto", "number format of the weights", choices=("auto", "bf16", "fp16", "fp32"))
     device: str = _setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
+    memory: str = _setting(
+        "auto", "what the device may be loaded with, as 4GB; auto: most of what is free", metavar="SIZE"
+    )
     out: str = _setting("out", "PNG file, or folder for files named after prompt and seed", metavar="FILE|FOLDER")
     dump: str | None = _setting(None, "write every stage's tensors into this file", metavar="FILE.safetensors")
 
@@ -77,7 +80,7 @@ class Settings:
             value, choices = getattr(self, f.name), f.metadata.get("choices")
             if choices and value not in choices:
                 raise SettingsError(f"{f.name} is {value!r}: expected one of {', '.join(choices)}")
-        needed = {name: getattr(self, name) for name in ("prompt", "negative", "out")}
+        needed = {name: getattr(self, name) for name in ("prompt", "negative", "memory", "out")}
         files = ("model", "clip_l", "clip_g", "t5xxl", "vae", "tokenizers", "dump")
         given = {name: value for name in files if (value := getattr(self, name)) is not None}
         for name, value in (*needed.items(), *given.items(), *(("lora", text) for text in self.lora)):

@@ -30,6 +30,7 @@ prompt None what
 --t5-length None N
 --dtype 'auto' auto,bf16,fp16,fp32
 --device 'auto' auto,cpu,cuda,mps
+--memory 'auto' SIZE
 --out 'out' FILE|FOLDER
 --dump None FILE.safetensors
 """

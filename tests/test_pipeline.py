@@ -215,13 +215,13 @@ def test_seeds_of_64_bits(pipeline: Pipeline, seed: int) -> None:
 @pytest.mark.parametrize(("cfg", "batch"), [(1, 2), (1.0, 2), (4.5, 4), (0, 4), (-1.0, 4)])
 def test_guidance_is_one_evaluation_a_step(pipeline: Pipeline, cfg: float, batch: int) -> None:
     """Of twice the batch, or without guidance of the batch; counted at the transformer."""
-    sizes: list[tuple[int, ...]] = []
-    hook = pipeline.transformer.register_forward_pre_hook(lambda _, args: sizes.append([len(a) for a in args]))
+    sizes: list[int] = []
+    hook = pipeline.transformer.x_embedder.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
     try:
         pipeline(PROMPT, cfg=cfg, count=2, steps=5)
     finally:
         hook.remove()
-    assert sizes == [[batch] * 4] * 5
+    assert sizes == [batch] * 5
 
 
 # ---- loading -------------------------------------------------------------------------------------

@@ -116,7 +116,7 @@ class CLIPTextEncoder(nn.Module):
         attended to by what follows it, as in the reference. Raises ValueError for too long a text.
         """
         penultimate, last = self.text_model(tokens)  # (B, n, D) each
-        end = tokens.argmax(dim=-1)  # the first of equals, so padding with the end token does no harm
+        end = tokens.argmax(dim=-1).to(last.device)  # the first of equals: padding with the end token does no harm
         pooled = last[torch.arange(len(tokens), device=last.device), end]  # (B, D)
         return penultimate, self.text_projection(pooled)  # (B, n, D), (B, P)
 
@@ -147,7 +147,8 @@ class Embeddings(nn.Module):
         n, limit = tokens.shape[1], self.position_embedding.num_embeddings
         if n > limit:
             raise ValueError(f"CLIP takes at most {limit} tokens, not {n}")
-        positions = torch.arange(n, device=tokens.device)
+        tokens = tokens.to(self.token_embedding.weight.device)
+        positions = torch.arange(n, device=self.position_embedding.weight.device)
         return self.token_embedding(tokens) + self.position_embedding(positions)  # (B, n, D)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from text_encoders.clip import CLIPTextEncoder
 from text_encoders.t5 import T5Encoder
@@ -22,6 +22,10 @@ class Conditioning:
     context: Tensor  # (B, n, W), the sequence that the transformer attends to beside the image
     pooled: Tensor  # (B, P), the vector that modulates its blocks
     tokens: dict[str, Tensor]  # ids (B, n) int64 of "clip_l", "clip_g" and, where T5 ran, "t5"
+
+    def __getitem__(self, rows: slice) -> Conditioning:
+        """Some of the prompts."""
+        return Conditioning(self.context[rows], self.pooled[rows], {n: ids[rows] for n, ids in self.tokens.items()})
 
 
 @dataclass
@@ -64,8 +68,7 @@ class TextEncoder:
             check_ids(batch.ids, getattr(self, name).config.vocab_size, name)
         warn_of_cuts(batches, self.warn)
         tokens = {name: batch.ids for name, batch in batches.items()}
-        clip_l = self.clip_l(on_device_of(self.clip_l, tokens["clip_l"]))
-        clip_g = self.clip_g(on_device_of(self.clip_g, tokens["clip_g"]))
+        clip_l, clip_g = self.clip_l(tokens["clip_l"]), self.clip_g(tokens["clip_g"])
         t5 = self.encode_t5(tokens.get("t5"), len(texts))
         return Conditioning(*join(clip_l, clip_g, t5, self.width), tokens)
 
@@ -73,7 +76,7 @@ class TextEncoder:
         """T5's part of the context (B, t5_length, W): its output, zeros, or none, by `t5_mode`."""
         if ids is not None:
             assert self.t5 is not None
-            return self.t5(on_device_of(self.t5, ids))
+            return self.t5(ids)
         return torch.zeros(count, self.t5_length, self.width) if self.t5_mode == "off" else None
 
 
@@ -105,10 +108,6 @@ def check_ids(ids: Tensor, rows: int, name: str) -> None:
         raise TokenizerError(
             f"{name}: the prompt has token {int(ids.max())}, the model knows {rows}: are these its tokenizers?"
         )
-
-
-def on_device_of(module: nn.Module, ids: Tensor) -> Tensor:
-    return ids.to(next(module.parameters()).device)
 
 
 def warn_of_cuts(batches: dict[str, Tokens], warn: Callable[[str], object]) -> None:

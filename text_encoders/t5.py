@@ -100,7 +100,7 @@ class T5Encoder(nn.Module):
         Padding is attended to like text: Stable Diffusion 3 was trained without a mask. Computes in the
         weights' dtype; raises ValueError for float16, whose range the XXL model leaves (at 65504).
         """
-        x = self.shared(tokens)  # (B, n, D)
+        x = self.shared(tokens.to(self.shared.weight.device))  # (B, n, D)
         if x.dtype == torch.float16:
             raise ValueError("T5 overflows in float16; give it bfloat16 or float32 weights")
         return self.encoder(x)

@@ -15,6 +15,6 @@ none of the networks.
 from weights.checkpoint import Checkpoint, open_checkpoint
 from weights.component import Component
 from weights.errors import CheckpointError
-from weights.fill import fill
+from weights.fill import Source, fill
 
-__all__ = ["Checkpoint", "CheckpointError", "Component", "fill", "open_checkpoint"]
+__all__ = ["Checkpoint", "CheckpointError", "Component", "Source", "fill", "open_checkpoint"]

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from weights.errors import CheckpointError
 from weights.files import open_file
 from weights.header import DTYPES, TensorInfo
-from weights.keymap import Entry, convert, converted_shape
+from weights.keymap import VIEWS, Entry, convert, converted_shape
 from weights.quantised import FP8, decode, decoded_dtype
 
 _FLOATS = ("F64", "F32", "F16", "BF16", *FP8)
@@ -59,6 +59,11 @@ class Component:
         entry = self._entries[name]
         parts = [self._raw(self._tensors[source]) for source in entry.sources]
         return convert(entry.op, parts, entry.part)
+
+    def is_stored(self, name: str, dtype: torch.dtype) -> bool:
+        """Whether the file has this tensor just so, and `read` gives a view of it."""
+        entry = self._entries[name]
+        return entry.op in VIEWS and all(DTYPES.get(self._tensors[source].dtype) == dtype for source in entry.sources)
 
     def _raw(self, info: TensorInfo) -> torch.Tensor:
         stored = self._stored(info)

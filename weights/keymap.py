@@ -184,8 +184,11 @@ def to_diffusers(names: Iterable[str], table: Table) -> dict[str, Entry]:
     return result | {name: Entry((name,), "copy") for name in left}
 
 
+VIEWS = ("copy", "conv1x1", "table", "third")  # the operations that need no memory
+
+
 def convert(op: str, tensors: Sequence[torch.Tensor], part: int = 0) -> torch.Tensor:
-    """Apply `op` to native; copy, conv1x1, table and third return views. The caller checks shapes."""
+    """Apply `op` to native; those of `VIEWS` return views. The caller checks shapes."""
     if op == "split3":
         return torch.cat(list(tensors))
     (tensor,) = tensors

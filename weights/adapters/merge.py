@@ -1,8 +1,8 @@
-"""Merging adapters into a model's weights and taking them out: `Adapters`, bound to filled modules.
+"""Merging adapters into a model's weights and taking them out: `Adapters`, bound to networks.
 
 A weight under adapters is a new tensor, computed in float32 from the original by all of them in the order they were
-added, and rounded once to the original's dtype; a step of the sampler costs nothing more. The original parameter is
-kept and put back as it was. Nothing is ever written into a weight: it may be a view of a file.
+added, and rounded once to the original's dtype; a step of the sampler costs nothing more. The original is put back as
+it was. Nothing is ever written into a weight: it may be a view of a file.
 """
 
 import math
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -44,22 +44,54 @@ class Active:
     changes: dict[Place, list[Change]]
 
 
+class Weights(Protocol):
+    """Where a network's weights are read and replaced; `weights.fill.Source` is one."""
+
+    shapes: dict[str, tuple[int, ...]]
+
+    def original(self, name: str) -> Tensor:
+        """The weight without adapters."""
+        ...
+
+    def put(self, name: str, tensor: Tensor | None) -> None:
+        """Compute with this from now on; None: with the original."""
+        ...
+
+
+class FilledModule:
+    """The weights of a filled module; the original parameters are kept where they are, and come back as they were."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+        self._module = module
+        self._originals: dict[str, nn.Parameter] = {}
+
+    def original(self, name: str) -> Tensor:
+        return self._originals.get(name, self._module.get_parameter(name))
+
+    def put(self, name: str, tensor: Tensor | None) -> None:
+        original = self._originals.setdefault(name, self._module.get_parameter(name))
+        if tensor is None:
+            del self._originals[name]
+        owner, _, leaf = name.rpartition(".")
+        parameter = original if tensor is None else nn.Parameter(tensor, original.requires_grad)
+        self._module.get_submodule(owner)._parameters[leaf] = parameter
+
+
 class Adapters:
-    """The adapters of a model. Its modules are not to be moved or converted while one is in.
+    """The adapters of a model."""
 
-    The original of a changed weight stays where it is, so that it takes memory twice unless it lies in a mapped file.
-    """
+    def __init__(self, networks: Mapping[str, Weights | nn.Module]) -> None:
+        """networks: of "transformer", "clip_l", "clip_g" and "t5".
 
-    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
-        """modules: filled, or on "meta" for `plan` alone, of "transformer", "clip_l", "clip_g" and "t5"."""
-        self._modules = dict(modules)
-        self._originals: dict[Place, nn.Parameter] = {}
+        A module is filled, or on "meta" for `plan` alone, and not to be moved or converted while an adapter is in.
+        """
+        self._networks = {n: FilledModule(it) if isinstance(it, nn.Module) else it for n, it in networks.items()}
         self._active: dict[str, Active] = {}
 
     @cached_property
     def _lookup(self) -> Lookup:
-        shapes = {n: {k: tuple(t.shape) for k, t in m.state_dict().items()} for n, m in self._modules.items()}
-        return Lookup(shapes)
+        return Lookup({name: network.shapes for name, network in self._networks.items()})
 
     @property
     def scales(self) -> dict[str, float]:
@@ -78,7 +110,7 @@ class Adapters:
             path.exists()
         except (OSError, RuntimeError) as error:
             raise CheckpointError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
-        return make_plan(path, self._lookup, self._modules)
+        return make_plan(path, self._lookup, self._networks)
 
     def add(self, path: str | Path, scale: float = 1.0) -> Report:
         """Merge an adapter, a file or a folder, on top of those that are in; scale 0 leaves the weights as they were.
@@ -122,23 +154,14 @@ class Adapters:
     @torch.no_grad()
     def _merge(self, active: dict[str, Active], places: Iterable[Place]) -> None:
         """Make `active` the adapters that are in; places: the tensors that differ for it. All or nothing."""
-        merged: dict[Place, nn.Parameter] = {}
-        for place in places:
-            original = self._originals.get(place, self._parameter(place))
-            todo = [(a, c) for a in active.values() if a.scale != 0 for c in a.changes.get(place, ())]
-            merged[place] = (
-                nn.Parameter(merged_tensor(place[1], original, todo), original.requires_grad) if todo else original
-            )
-        for place, parameter in merged.items():
-            original = self._originals.setdefault(place, self._parameter(place))
-            if parameter is original:
-                del self._originals[place]
-            owner, _, leaf = place[1].rpartition(".")
-            self._modules[place[0]].get_submodule(owner)._parameters[leaf] = parameter
+        merged: dict[Place, Tensor | None] = {}
+        for part, name in places:
+            todo = [(a, c) for a in active.values() if a.scale != 0 for c in a.changes.get((part, name), ())]
+            original = self._networks[part].original(name)
+            merged[part, name] = merged_tensor(name, original, todo) if todo else None
+        for (part, name), tensor in merged.items():
+            self._networks[part].put(name, tensor)
         self._active = active
-
-    def _parameter(self, place: Place) -> nn.Parameter:
-        return self._modules[place[0]].get_parameter(place[1])
 
 
 def check_scale(scale: float) -> None:

@@ -1,0 +1,246 @@
+"""Plans of what is on the device when: the fastest whose predicted peak keeps to a budget.
+
+A prediction adds up the weights that lie on the device and what the computation needs at its peak, which is found by
+running the real code, of a model cut short, without memory (`mmdit.meter`). On a CPU memory means what a process has of
+its own; weights that are used where they lie in the mapped file cost nothing.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from mmdit.meter import peak_bytes
+from mmdit.model import MMDiT
+from mmdit.prepared import Prepared
+from mmdit.residency import Mode, Network
+from mmdit.settings import SettingsError
+from mmdit.streaming import Unit
+from vae import decode_peak, rows_for
+
+_WORKSPACE = {"cuda": 40_000_000}  # bytes that matrix products take for themselves
+_LESS = 0.75  # of the memory that could not be had
+_SHARE = 0.9  # of what is free: the rest is for what allocators waste
+
+
+class Job(NamedTuple):
+    """What is to be drawn, as far as memory is concerned."""
+
+    rows: int  # of the latent
+    columns: int
+    count: int  # pictures
+    steps: int
+    texts: int  # for each picture: 2 with guidance, else 1
+    t5_length: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is where, and the bytes that this is predicted to take at the peak of each stage."""
+
+    modes: dict[str, Mode]
+    batch: int  # pictures denoised at a time
+    strip: int | None  # height of the strips that are decoded, in rows of the latent; None: whole
+    peaks: dict[str, int]
+
+    @property
+    def peak(self) -> int:
+        return max(self.peaks.values())
+
+    def __str__(self) -> str:
+        ways = {
+            Mode.RESIDENT: "resident",
+            Mode.STAGED: "there while it denoises",
+            Mode.STREAMED: "streamed block by block",
+        }
+        encoders = next(mode for name, mode in self.modes.items() if name not in ("transformer", "vae"))
+        strips = "whole" if self.strip is None else f"in strips of {self.strip} latent rows"
+        batch = f", {self.batch} at a time" if self.batch > 1 else ""
+        return (
+            f"peak {told(self.peak)}: text encoders {ways[encoders]} ({told(self.peaks['encode'])}), "
+            f"transformer {ways[self.modes['transformer']]}{batch} ({told(self.peaks['denoise'])}), "
+            f"pictures decoded {strips} ({told(self.peaks['decode'])})"
+        )
+
+
+def told(count: float) -> str:
+    """Bytes in words."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+class Planner:
+    """Plans for one model."""
+
+    def __init__(self, networks: Mapping[str, Network], device: torch.device, dtype: torch.dtype) -> None:
+        self._networks, self._device, self._dtype = networks, device, dtype
+        self._measured: dict[tuple[object, ...], int] = {}
+
+    def plan(self, job: Job, budget: int) -> Plan:
+        """The fastest plan that keeps to `budget` bytes; SettingsError, with what would be needed, where none does."""
+        smallest = None
+        for plan in self.plans(job, budget):
+            if plan.peak <= budget:
+                return plan
+            smallest = plan if smallest is None or plan.peak < smallest.peak else smallest
+        assert smallest is not None
+        stage = max(smallest.peaks, key=smallest.peaks.__getitem__)
+        raise SettingsError(
+            f"memory: {told(budget)} do not suffice for {8 * job.columns}x{8 * job.rows}: the smallest plan "
+            f"takes {told(smallest.peak)}, to {stage}"
+        )
+
+    def smaller(self, job: Job, plan: Plan, stage: str) -> Plan | None:
+        """A plan for when this one's memory could not be had in a stage: the fastest that takes much less there.
+
+        Where none takes much less, the smallest; None where that takes no less.
+        """
+        others = list(self.plans(job, int(_LESS * plan.peaks[stage])))
+        enough = (other for other in others if other.peaks[stage] <= _LESS * plan.peaks[stage])
+        found = next(enough, None) or min(others, key=lambda other: other.peaks[stage])
+        return found if found.peaks[stage] < plan.peaks[stage] else None
+
+    def plans(self, job: Job, budget: int) -> Iterator[Plan]:
+        """All plans, the fastest first; each decodes in the highest strips that the budget allows, if any."""
+        batches = [job.count]
+        while batches[-1] > 1:
+            batches.append(-(-batches[-1] // 2))
+        for modes in self.ladder():
+            for batch in batches:
+                yield self.predict(modes, job, batch, budget)
+
+    def ladder(self) -> list[dict[str, Mode]]:
+        encoders = [name for name in self._networks if name not in ("transformer", "vae")]
+
+        def modes(text: Mode, transformer: Mode, vae: Mode) -> dict[str, Mode]:
+            return {**dict.fromkeys(encoders, text), "transformer": transformer, "vae": vae}
+
+        return [
+            modes(Mode.RESIDENT, Mode.RESIDENT, Mode.RESIDENT),
+            modes(Mode.STREAMED, Mode.RESIDENT, Mode.RESIDENT),
+            modes(Mode.STREAMED, Mode.STAGED, Mode.STAGED),
+            modes(Mode.STREAMED, Mode.STREAMED, Mode.STAGED),
+        ]
+
+    def predict(self, modes: dict[str, Mode], job: Job, batch: int, budget: int) -> Plan:
+        """The plan with these modes and this batch, decoding in the highest strips that keep it within the budget."""
+        stay = sum(self.weights(name, mode) for name, mode in modes.items() if mode is Mode.RESIDENT)
+        stay += _WORKSPACE.get(self._device.type, 0)
+        comes = {n: 0 if mode is Mode.RESIDENT else self.weights(n, mode) for n, mode in modes.items()}
+        encoders = [name for name in modes if name not in ("transformer", "vae")]
+        encode = max(comes[n] + self.visit(*self.streamed(n, modes[n])) + self.encoding(n, job) for n in encoders)
+        network, table = self._networks["transformer"], self.modulations(job)
+        before = self.visit(network, [] if modes["transformer"] is Mode.RESIDENT else network.before)
+        loop = self.visit(*self.streamed("transformer", modes["transformer"])) + self.denoising(job, batch)
+        denoise = comes["transformer"] + table + max(before, loop)
+        strip, picture = self.decoding(job, budget - stay - comes["vae"])
+        peaks = {"encode": stay + encode, "denoise": stay + denoise, "decode": stay + comes["vae"] + picture}
+        return Plan(modes, batch, strip, peaks)
+
+    # ---- weights ---------------------------------------------------------------------------------
+
+    def weights(self, name: str, mode: Mode) -> int:
+        """Bytes of what lies on the device as long as the network is there."""
+        network = self._networks[name]
+        apart = {n for unit in network.apart(mode) for n in unit.names}
+        if self._device.type != "cpu" and network.layout.table is not None:
+            apart.add(network.layout.table)
+        return sum(self.cost(network, n) for n in network.shapes if n not in apart)
+
+    def streamed(self, name: str, mode: Mode) -> tuple[Network, list[Unit]]:
+        network = self._networks[name]
+        return network, network.blocks if mode is Mode.STREAMED else []
+
+    def visit(self, network: Network, units: list[Unit]) -> int:
+        """Bytes of two of the units, as many as are there at a time."""
+        return 2 * max((sum(self.cost(network, name) for name in unit.names) for unit in units), default=0)
+
+    def cost(self, network: Network, name: str) -> int:
+        mapped = self._device.type == "cpu" and network.source.is_mapped(name)
+        return 0 if mapped else network.source.nbytes(name)
+
+    # ---- computation -----------------------------------------------------------------------------
+
+    def encoding(self, name: str, job: Job) -> int:
+        """Bytes for the texts of one picture, all at once; with two layers, for more take no more."""
+        network = self._networks[name]
+        config, dtype = network.module.config, network.source.dtype(next(iter(network.shapes)))
+        length = job.t5_length if name == "t5" else config.max_length
+
+        def encode() -> int:
+            module = on_meta(type(network.module), replace(config, num_layers=2), dtype)
+            return peak_bytes(module, torch.zeros(job.texts, length, dtype=torch.long, device="meta"))
+
+        return self._once((name, job.texts, length), encode)
+
+    def modulations(self, job: Job) -> int:
+        """Bytes of what every block is told in all steps."""
+        shapes = self._networks["transformer"].shapes
+        each = sum(shape[0] for name, shape in shapes.items() if name.endswith("adaLN_modulation.1.weight"))
+        return job.steps * job.texts * each * self._dtype.itemsize
+
+    def denoising(self, job: Job, batch: int) -> int:
+        """Bytes for one step of `batch` pictures, by a transformer of two blocks, for more take no more."""
+        config = self._networks["transformer"].module.config
+        short = replace(config, depth=2, dual_attention_blocks=config.dual_attention_blocks[:1] and (0,))
+        length = self._networks["clip_l"].module.config.max_length + job.t5_length
+        size = (batch, config.in_channels, job.rows, job.columns)
+
+        def step(model: MMDiT) -> object:
+            context = torch.empty(job.texts, length, config.context_size, dtype=self._dtype, device="meta")
+            pooled = torch.empty(job.texts, config.pooled_size, dtype=self._dtype, device="meta")
+            velocity = Prepared(model, context, pooled, batch)
+            latents = torch.cat([torch.empty(size, device="meta")] * job.texts)
+            return velocity(latents.to(self._dtype), torch.tensor(1.0)).float()
+
+        return self._once((size, job.texts, length), lambda: peak_bytes(step, on_meta(MMDiT, short, self._dtype)))
+
+    def _once(self, key: tuple[object, ...], measure: Callable[[], int]) -> int:
+        if key not in self._measured:
+            self._measured[key] = measure()
+        return self._measured[key]
+
+    def decoding(self, job: Job, budget: int) -> tuple[int | None, int]:
+        """The height of the strips, None for the whole, and the bytes for one picture in them."""
+        config, apart = self._networks["vae"].module.config, self._device.type != "cpu"
+        rows = rows_for(config, job.rows, job.columns, self._dtype, budget, apart) or 1
+        strip = None if rows >= job.rows else rows
+        return strip, decode_peak(config, job.rows, job.columns, strip, self._dtype, apart)
+
+
+def on_meta(module: Callable[[Any], nn.Module], config: Any, dtype: torch.dtype) -> Any:
+    """A module without memory."""
+    with torch.device("meta"):
+        return module(config).to(dtype).requires_grad_(False)
+
+
+def budget_of(memory: str, device: torch.device) -> int:
+    """Bytes that `--memory` allows: a number with its unit, or of "auto" most of what is free on the device.
+
+    Raises SettingsError for what is neither.
+    """
+    if memory == "auto":
+        return int(_SHARE * free_bytes(device))
+    match = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*([KMGT])(i?)B?", memory.strip(), re.IGNORECASE)
+    if match is None:
+        raise SettingsError(f"memory is {memory!r}: expected a size such as 4GB or 900MB, or auto")
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base ** (1 + "KMGT".index(match[2].upper())))
+
+
+def free_bytes(device: torch.device) -> int:
+    """What a computation on the device may take without harm to others."""
+    if device.type == "cuda":
+        own = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + own
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

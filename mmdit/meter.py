@@ -1,0 +1,68 @@
+"""How much memory a computation takes at its peak, by running it without memory: on PyTorch's "meta" device."""
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, UntypedStorage
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Meter(TorchDispatchMode):
+    """Counts the bytes of the "meta" tensors made while it is on.
+
+    now: of those that live; peak: the most there were at a time.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:  # fmt: skip
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for made in tree_leaves(result):
+            if isinstance(made, Tensor) and made.is_meta and made.untyped_storage()._cdata not in given:
+                self._see(made.untyped_storage())
+        return result
+
+    def _see(self, storage: UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, key, storage.nbytes())
+
+    def _forget(self, key: int, nbytes: int) -> None:
+        self._seen.discard(key)
+        self.now -= nbytes
+
+
+class FusedAttention(TorchFunctionMode):
+    """Attention as the fused kernels have it, without a table of scores; "meta" has only the plain formula."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:  # fmt: skip
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        q, v = args[0], args[2]
+        out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format)[..., : v.shape[-1]]
+        return out.transpose(1, 2)
+
+
+@torch.no_grad()
+def peak_bytes(compute: Callable[..., object], *given: Any) -> int:
+    """The most bytes that tensors made in `compute(*given)` take at a time; it has to work on "meta" tensors."""
+    with FusedAttention(), Meter() as meter:
+        compute(*given)
+    return meter.peak

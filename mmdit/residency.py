@@ -1,0 +1,175 @@
+"""Where the weights are: on the device for good, for as long as their network is used, or while their block runs.
+
+A network's module exists from the start, empty; what `Network.enter` puts into it, `leave` takes out again. Two kinds
+of weights are treated apart: tables of which a run needs a few rows stay on the host, and the transformer's adaLN
+layers, a third of its weights, are used before the first step for all steps at once and need not be there in the loop.
+"""
+
+import re
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from mmdit.streaming import Stream, Unit
+from weights import Source
+
+
+class Mode(StrEnum):
+    """How a network is on the device."""
+
+    RESIDENT = "resident"  # from loading on, all but its table
+    STAGED = "staged"  # while it is used, without what is needed only before the loop
+    STREAMED = "streamed"  # while it is used, and of its blocks only the one that runs and the next
+
+
+class Layout(NamedTuple):
+    """Which parts of a network are treated apart, by their names."""
+
+    table: str | None = None  # a tensor of which few rows are used; it stays on the host
+    before: str | None = None  # pattern of the modules that are used before the loop
+    blocks: str | None = None  # list of modules that run one after another
+    loop: bool = False  # whether the blocks run more than once
+
+
+_CLIP = Layout("text_model.embeddings.token_embedding.weight", blocks="text_model.encoder.layers")
+LAYOUTS = {
+    "clip_l": _CLIP,
+    "clip_g": _CLIP,
+    "t5": Layout("shared.weight", blocks="encoder.block"),
+    "transformer": Layout("pos_embed", r"joint_blocks\.\d+\.\w+\.adaLN_modulation", "joint_blocks", loop=True),
+    "vae": Layout(),
+}
+
+
+class Network:
+    """One of the model's networks: a module, the source of its weights, and how they come to the device.
+
+    `Adapters` may be given one in a module's place.
+    """
+
+    def __init__(self, name: str, module: nn.Module, source: Source, device: torch.device) -> None:
+        """module: built on "meta"; it is frozen and put into eval mode. device: where it is to compute."""
+        self.module: Any = module.requires_grad_(False).eval()
+        self.source, self.device = source, device
+        self.mode = Mode.RESIDENT
+        self.shapes, self.original = source.shapes, source.original
+        self.layout = LAYOUTS[name]
+        self.before, self.blocks = units(module, self.layout)
+        self._empty = module.state_dict(keep_vars=True)
+        self.here = False
+        self._streams: list[Stream] = []
+        table = self.layout.table and module.get_submodule(self.layout.table.rpartition(".")[0])
+        if isinstance(table, nn.Embedding):
+            table.register_forward_hook(lambda _, __, rows: rows.to(device))
+
+    def enter(self, progress: Callable[[int], object] = int) -> None:
+        """Bring the weights to the device as `mode` says; nothing where they are there.
+
+        progress: called with the size in bytes of each tensor that has come.
+        """
+        if self.here:
+            return
+        self.here = True  # from the first tensor on, so that `leave` takes out what came before a failure
+        apart = self.apart(self.mode)
+        for name in self.shapes.keys() - {name for unit in apart for name in unit.names}:
+            self._bind(name, self._placed(name))
+            progress(self.source.nbytes(name))
+        before = [unit for unit in apart if unit in self.before]
+        blocks = [unit for unit in apart if unit in self.blocks]
+        for run, loop in ((before, False), (blocks, self.layout.loop)):
+            if run:
+                self._streams.append(Stream(run, self.source, self._bind, self.device, loop))
+
+    def leave(self) -> None:
+        """Free the device of them; nothing where they are not there."""
+        for stream in self._streams:
+            stream.close()
+        self._streams.clear()
+        for name in self.shapes if self.here else ():
+            self._bind(name, None)
+        self.here = False
+
+    def apart(self, mode: Mode) -> list[Unit]:
+        """The units that come to the device only while they run."""
+        return {Mode.RESIDENT: [], Mode.STAGED: self.before, Mode.STREAMED: [*self.before, *self.blocks]}[mode]
+
+    def put(self, name: str, tensor: Tensor | None) -> None:
+        """Compute with this weight, on the CPU, from now on; None: with the original."""
+        self.source.put(name, tensor)
+        if self.here and self.mode is Mode.RESIDENT:
+            self._bind(name, self._placed(name))
+        else:
+            self.leave()
+
+    def _placed(self, name: str) -> Tensor:
+        tensor = self.source(name)
+        return tensor if name == self.layout.table else tensor.to(self.device)
+
+    def _bind(self, name: str, tensor: Tensor | None) -> None:
+        owner, _, leaf = name.rpartition(".")
+        module, empty = self.module.get_submodule(owner), self._empty[name]
+        if isinstance(empty, nn.Parameter):
+            module._parameters[leaf] = empty if tensor is None else nn.Parameter(tensor, requires_grad=False)
+        else:
+            module._buffers[leaf] = empty if tensor is None else tensor
+
+
+def units(module: nn.Module, layout: Layout) -> tuple[list[Unit], list[Unit]]:
+    """The modules used before the loop, and the blocks, each with the matrices that it alone needs.
+
+    Vectors are left out: they are too many to copy one by one and too small to matter.
+    """
+    before = [name for name, _ in module.named_modules() if layout.before and re.fullmatch(layout.before, name)]
+    blocks = (
+        [f"{layout.blocks}.{name}" for name, _ in module.get_submodule(layout.blocks).named_children()]
+        if layout.blocks
+        else []
+    )
+    large = [name for name, tensor in module.named_parameters() if tensor.ndim > 1 and not _looked_up(module, name)]
+    taken: set[str] = set()
+    found: list[list[Unit]] = []
+    for group in (before, blocks):
+        found.append([])
+        for owner in group:
+            names = tuple(name for name in large if name.startswith(f"{owner}.") and name not in taken)
+            taken.update(names)
+            found[-1].append(Unit(module.get_submodule(owner), names))
+    return found[0], found[1]
+
+
+def _looked_up(module: nn.Module, name: str) -> bool:
+    return isinstance(module.get_submodule(name.rpartition(".")[0]), nn.Embedding)
+
+
+class Residency:
+    """All networks of a model: those that are not there for good take turns."""
+
+    def __init__(self, networks: dict[str, Network]) -> None:
+        self.networks = networks
+        for name, network in networks.items():
+            network.module.register_forward_pre_hook(lambda *_, name=name: self.use(name))
+
+    def use(self, name: str | None) -> None:
+        """Bring this network to the device, all others that are not resident having left it."""
+        for other, network in self.networks.items():
+            if other != name and network.mode is not Mode.RESIDENT:
+                network.leave()
+        if name is not None:
+            self.networks[name].enter()
+
+    def arrange(self, modes: dict[str, Mode]) -> None:
+        """From now on, these networks are on the device in these ways; those that are to stay there come now."""
+        for name, mode in modes.items():
+            if self.networks[name].mode is not mode:
+                self.networks[name].leave()
+                self.networks[name].mode = mode
+        stay = [network for name, network in self.networks.items() if modes[name] is Mode.RESIDENT]
+        size = sum(network.source.nbytes(name) for network in stay for name in network.shapes if not network.here)
+        if size:
+            with tqdm(total=size, desc="load", unit="B", unit_scale=True, disable=None, leave=False) as bar:
+                for network in stay:
+                    network.enter(bar.update)
