@@ -24,6 +24,7 @@ from mmdit.streaming import Unit
 from vae import decode_peak, rows_for
 
 _WORKSPACE = {"cuda": 40_000_000}  # bytes that matrix products take for themselves
+_LIGHT = 0.25  # of a network's weights: so few that need memory beside the mapped file may stay
 _LESS = 0.75  # of the memory that could not be had
 _SHARE = 0.9  # of what is free: the rest is for what allocators waste
 
@@ -52,19 +53,20 @@ class Plan:
     def peak(self) -> int:
         return max(self.peaks.values())
 
+    @property
+    def everything_stays(self) -> bool:
+        return set(self.modes.values()) == {Mode.RESIDENT}
+
     def __str__(self) -> str:
-        ways = {
-            Mode.RESIDENT: "resident",
-            Mode.STAGED: "there while it denoises",
-            Mode.STREAMED: "streamed block by block",
-        }
-        encoders = next(mode for name, mode in self.modes.items() if name not in ("transformer", "vae"))
+        encoders = {mode for name, mode in self.modes.items() if name not in ("transformer", "vae")}
+        text = "come block by block" if Mode.STREAMED in encoders else "stay"
+        ways = {Mode.RESIDENT: "stays", Mode.STAGED: "is there while it runs", Mode.STREAMED: "comes block by block"}
+        batch = f", {self.batch} pictures at a time" if self.batch > 1 else ""
         strips = "whole" if self.strip is None else f"in strips of {self.strip} latent rows"
-        batch = f", {self.batch} at a time" if self.batch > 1 else ""
         return (
-            f"peak {told(self.peak)}: text encoders {ways[encoders]} ({told(self.peaks['encode'])}), "
-            f"transformer {ways[self.modes['transformer']]}{batch} ({told(self.peaks['denoise'])}), "
-            f"pictures decoded {strips} ({told(self.peaks['decode'])})"
+            f"{told(self.peak)} at the peak; encode {told(self.peaks['encode'])}: text encoders {text}; "
+            f"denoise {told(self.peaks['denoise'])}: transformer {ways[self.modes['transformer']]}{batch}; "
+            f"decode {told(self.peaks['decode'])}: {strips}"
         )
 
 
@@ -79,6 +81,7 @@ class Planner:
     def __init__(self, networks: Mapping[str, Network], device: torch.device, dtype: torch.dtype) -> None:
         self._networks, self._device, self._dtype = networks, device, dtype
         self._measured: dict[tuple[object, ...], int] = {}
+        self._own = own_bytes() if device.type == "cpu" else _WORKSPACE.get(device.type, 0)
 
     def plan(self, job: Job, budget: int) -> Plan:
         """The fastest plan that keeps to `budget` bytes; SettingsError, with what would be needed, where none does."""
@@ -99,9 +102,10 @@ class Planner:
 
         Where none takes much less, the smallest; None where that takes no less.
         """
-        others = list(self.plans(job, int(_LESS * plan.peaks[stage])))
-        enough = (other for other in others if other.peaks[stage] <= _LESS * plan.peaks[stage])
-        found = next(enough, None) or min(others, key=lambda other: other.peaks[stage])
+        enough = self._own + int(_LESS * (plan.peaks[stage] - self._own))
+        others = list(self.plans(job, enough))
+        found = next((other for other in others if other.peaks[stage] <= enough), None)
+        found = found or min(others, key=lambda other: other.peaks[stage])
         return found if found.peaks[stage] < plan.peaks[stage] else None
 
     def plans(self, job: Job, budget: int) -> Iterator[Plan]:
@@ -114,22 +118,20 @@ class Planner:
                 yield self.predict(modes, job, batch, budget)
 
     def ladder(self) -> list[dict[str, Mode]]:
-        encoders = [name for name in self._networks if name not in ("transformer", "vae")]
-
-        def modes(text: Mode, transformer: Mode, vae: Mode) -> dict[str, Mode]:
-            return {**dict.fromkeys(encoders, text), "transformer": transformer, "vae": vae}
-
-        return [
-            modes(Mode.RESIDENT, Mode.RESIDENT, Mode.RESIDENT),
-            modes(Mode.STREAMED, Mode.RESIDENT, Mode.RESIDENT),
-            modes(Mode.STREAMED, Mode.STAGED, Mode.STAGED),
-            modes(Mode.STREAMED, Mode.STREAMED, Mode.STAGED),
-        ]
+        """Where the networks can be, the fastest way first."""
+        staged = {n: Mode.STAGED if n in ("transformer", "vae") else Mode.STREAMED for n in self._networks}
+        streamed = {**staged, "transformer": Mode.STREAMED}
+        if self._device.type == "cpu":
+            # To convert weights again for the next picture takes little beside the picture; to keep them takes memory.
+            light = {n for n in self._networks if self.weights(n, Mode.RESIDENT) <= _LIGHT * self.size(n)}
+            return [{n: Mode.RESIDENT if n in light else mode for n, mode in staged.items()}, staged, streamed]
+        resident = dict.fromkeys(self._networks, Mode.RESIDENT)
+        return [resident, {**staged, "transformer": Mode.RESIDENT, "vae": Mode.RESIDENT}, staged, streamed]
 
     def predict(self, modes: dict[str, Mode], job: Job, batch: int, budget: int) -> Plan:
         """The plan with these modes and this batch, decoding in the highest strips that keep it within the budget."""
         stay = sum(self.weights(name, mode) for name, mode in modes.items() if mode is Mode.RESIDENT)
-        stay += _WORKSPACE.get(self._device.type, 0)
+        stay += self._own
         comes = {n: 0 if mode is Mode.RESIDENT else self.weights(n, mode) for n, mode in modes.items()}
         encoders = [name for name in modes if name not in ("transformer", "vae")]
         encode = max(comes[n] + self.visit(*self.streamed(n, modes[n])) + self.encoding(n, job) for n in encoders)
@@ -150,6 +152,10 @@ class Planner:
         if self._device.type != "cpu" and network.layout.table is not None:
             apart.add(network.layout.table)
         return sum(self.cost(network, n) for n in network.shapes if n not in apart)
+
+    def size(self, name: str) -> int:
+        """Bytes of all weights of a network, wherever they lie."""
+        return sum(map(self._networks[name].source.nbytes, self._networks[name].shapes))
 
     def streamed(self, name: str, mode: Mode) -> tuple[Network, list[Unit]]:
         network = self._networks[name]
@@ -224,12 +230,21 @@ def budget_of(memory: str, device: torch.device) -> int:
     Raises SettingsError for what is neither.
     """
     if memory == "auto":
-        return int(_SHARE * free_bytes(device))
+        return int(_SHARE * free_bytes(device)) + (own_bytes() if device.type == "cpu" else 0)
     match = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*([KMGT])(i?)B?", memory.strip(), re.IGNORECASE)
     if match is None:
         raise SettingsError(f"memory is {memory!r}: expected a size such as 4GB or 900MB, or auto")
     base = 1024 if match[3] else 1000
     return int(float(match[1]) * base ** (1 + "KMGT".index(match[2].upper())))
+
+
+def own_bytes() -> int:
+    """What this process has of its own, files that it maps left out; 0 where the system does not tell."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+    except (OSError, StopIteration, ValueError):
+        return 0
 
 
 def free_bytes(device: torch.device) -> int:

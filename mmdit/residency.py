@@ -54,6 +54,8 @@ class Network:
     def __init__(self, name: str, module: nn.Module, source: Source, device: torch.device) -> None:
         """module: built on "meta"; it is frozen and put into eval mode. device: where it is to compute."""
         self.module: Any = module.requires_grad_(False).eval()
+        for tensor, empty in module.state_dict(keep_vars=True).items():
+            empty.data = empty.data.to(source.dtype(tensor))
         self.source, self.device = source, device
         self.mode = Mode.RESIDENT
         self.shapes, self.original = source.shapes, source.original

@@ -55,6 +55,9 @@ def draw(settings: Settings) -> None:
     try:
         pipeline = Pipeline.from_settings(settings)
         loaded = time.perf_counter()
+        plan = pipeline.plan_for(pipeline.check(settings))
+        if settings.memory != "auto" or not (plan.everything_stays or pipeline.device.type == "cpu"):
+            print(f"plan: {plan}")
         trace = {} if settings.dump else None
         result = pipeline.run(settings, trace)
         drawn = time.perf_counter()
