@@ -20,7 +20,9 @@ from manifests import golden, manifest
 from safetensors.torch import load_file
 from torch import Tensor
 
+from benchmarks import quantise
 from benchmarks.emoji.tokenizers import write_tokenizers
+from benchmarks.quantise import coded
 from benchmarks.random_checkpoint import write_checkpoint
 from mmdit import Pipeline
 from mmdit.loading import build
@@ -36,11 +38,6 @@ MARK = "joint_blocks.0.context_block.attn.qkv.weight"
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensors]:
     return toy_parts(tmp_path_factory.mktemp("toy") / "folder")
-
-
-def coded(tensor: Tensor, kind: Type) -> np.ndarray:
-    """The tensor's numbers in this type, by the package."""
-    return gguf.quants.quantize(tensor.float().numpy(), kind)
 
 
 def write_gguf(
@@ -207,20 +204,20 @@ def test_all_parts_with_prefixes(toy: dict[str, Tensors], tmp_path: Path) -> Non
 
 
 def llama_cpp(native: Tensors) -> Tensors:
-    """T5 under llama.cpp's names, written out by the words they are made of."""
-    words = {
-        "encoder.block.": "enc.blk.", "layer.0.SelfAttention.relative_attention_bias": "attn_rel_b",
-        "layer.0.SelfAttention.": "attn_", "layer.0.layer_norm": "attn_norm", "layer.1.layer_norm": "ffn_norm",
-        "layer.1.DenseReluDense.wi_0": "ffn_gate", "layer.1.DenseReluDense.wi_1": "ffn_up",
-        "layer.1.DenseReluDense.wo": "ffn_down", "shared": "token_embd",
-        "encoder.final_layer_norm": "enc.output_norm",
-    }  # fmt: skip
-    result = {}
-    for name, tensor in native.items():
-        for ours, theirs in words.items():
-            name = name.replace(ours, theirs)
-        result[name] = tensor
-    return result
+    """T5 under llama.cpp's names."""
+    return {quantise.llama_cpp(name): tensor for name, tensor in native.items()}
+
+
+@pytest.mark.parametrize("part", ["transformer", "t5"])
+def test_quantised_tensor_by_tensor(toy: dict[str, Tensors], tmp_path: Path, part: str) -> None:
+    """By the program that makes files of any size: what the package makes of each tensor, in the published types."""
+    base = open_checkpoint(write(tmp_path / "base", joined(toy)))
+    quantise.quantise(base.component(part), tmp_path / "file", Type.Q8_0)
+    kinds = {name: quantise.kind_of(name, tuple(tensor.shape), Type.Q8_0) for name, tensor in toy[part].items()}
+    assert set(kinds.values()) == {Type.Q8_0, Type.BF16, Type.F32}
+    expected = decoded({name: (coded(tensor, kinds[name]), kinds[name]) for name, tensor in toy[part].items()})
+    parts = {"t5": tmp_path / "file"} if part == "t5" else {}
+    check_tensors(open_checkpoint(tmp_path / ("base" if parts else "file"), parts).component(part), expected)
 
 
 @pytest.mark.parametrize("naming", ["llama.cpp", "transformers"])
