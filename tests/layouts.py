@@ -1,17 +1,13 @@
 """Files for the tests of loading: the toy and its parts, and published names with every tensor made small."""
 
 import json
-import math
 import warnings
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import gguf
-import numpy as np
 import torch
-from gguf import GGMLQuantizationType as Type
 from manifests import SMALL, Shapes, golden
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -26,9 +22,9 @@ PARTS = ("transformer", "vae", "clip_l", "clip_g", "t5")
 Tensors = dict[str, Tensor]
 
 
-def toy_parts(folder: Path) -> dict[str, Tensors]:
+def toy_parts(folder: Path, **sizes: int) -> dict[str, Tensors]:
     """{component: {native name: tensor}} of the toy, whose diffusers folder is written to `folder`."""
-    checkpoint = open_checkpoint(write_checkpoint(folder, **SMALL))
+    checkpoint = open_checkpoint(write_checkpoint(folder, **(sizes or SMALL)))
     parts = {}
     for part in PARTS:
         component = checkpoint.component(part)
@@ -67,24 +63,6 @@ def _write_with_holes(path: Path, tensors: Tensors, metadata: dict[str, str] | N
             if not tensor.is_meta and tensor.numel():
                 file.seek(8 + len(raw) + header[name]["data_offsets"][0])
                 file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return path
-
-
-def write_gguf_holes(path: Path, stored: Mapping[str, tuple[tuple[int, ...], Type]], arch: str = "sd3") -> Path:
-    """A GGUF file of {name: (shape, type)} whose tensors are holes."""
-    writer = gguf.GGUFWriter(path, arch)
-    size = 0
-    for name, (shape, kind) in stored.items():
-        block, width = gguf.GGML_QUANT_SIZES[kind]
-        count = math.prod(shape) // block * width
-        writer.add_tensor_info(name, shape, np.dtype(np.float32), count, kind)
-        size += -(-count // 32) * 32
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    writer.close()
-    with path.open("ab") as file:
-        file.truncate(-(-file.tell() // 32) * 32 + size)
     return path
 
 

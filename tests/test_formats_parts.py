@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from forms import open_clip
 from layouts import PARTS, Tensors, check_tensors, joined, small_tensors, toy_parts, write
 from manifests import golden, shapes
 from safetensors.torch import load_file
@@ -81,33 +82,6 @@ def test_an_autoencoder_of_diffusers_names(toy: Toy, tmp_path: Path) -> None:
     }
     component = open_checkpoint(toy.files["transformer"], {"vae": write(tmp_path / "flat", flat)}).component("vae")
     check_tensors(component, toy.parts["vae"])
-
-
-def open_clip(native: Tensors) -> Tensors:
-    """A CLIP in OpenCLIP's layout: q, k, v as one, the projection transposed. Written out, layer by layer."""
-    text = "text_model."
-    result = {
-        "positional_embedding": native[text + "embeddings.position_embedding.weight"],
-        "token_embedding.weight": native[text + "embeddings.token_embedding.weight"],
-        "ln_final.weight": native[text + "final_layer_norm.weight"],
-        "ln_final.bias": native[text + "final_layer_norm.bias"],
-        "logit_scale": torch.ones(()),
-        "attn_mask": torch.zeros(77, 77),
-        "visual.transformer.resblocks.0.attn.in_proj_weight": torch.zeros(3, 1),
-    }
-    if "text_projection.weight" in native:
-        result["text_projection"] = native["text_projection.weight"].T
-    layers = {name.split(".")[3] for name in native if ".layers." in name}
-    pairs = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
-             "self_attn.out_proj": "attn.out_proj"}  # fmt: skip
-    for layer in layers:
-        ours, theirs = f"{text}encoder.layers.{layer}.", f"transformer.resblocks.{layer}."
-        for end in ("weight", "bias"):
-            for one, other in pairs.items():
-                result[f"{theirs}{other}.{end}"] = native[f"{ours}{one}.{end}"]
-            thirds = [native[f"{ours}self_attn.{letter}_proj.{end}"] for letter in "qkv"]
-            result[f"{theirs}attn.in_proj_{end}"] = torch.cat(thirds)
-    return result
 
 
 @pytest.mark.parametrize("part", ["clip_l", "clip_g"])

@@ -5,20 +5,19 @@ import struct
 import sys
 import time
 import tracemalloc
-from collections.abc import Mapping
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import torch
+from forms import decoded, llama_cpp, mixed, write_gguf
 from gguf import GGMLQuantizationType as Type
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import PARTS, Tensors, check_tensors, joined, loads_right_or_refuses, toy_parts, write
 from manifests import golden, manifest
 from safetensors.torch import load_file
-from torch import Tensor
 
 from benchmarks import quantise
 from benchmarks.emoji.tokenizers import write_tokenizers
@@ -38,40 +37,6 @@ MARK = "joint_blocks.0.context_block.attn.qkv.weight"
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensors]:
     return toy_parts(tmp_path_factory.mktemp("toy") / "folder")
-
-
-def write_gguf(
-    path: Path, tensors: Mapping[str, tuple[np.ndarray, Type]], arch: str = "sd3", shapes: Mapping[str, list[int]] = {}
-) -> Path:  # fmt: skip
-    """A GGUF file by the package's writer; shapes: for `comfy.gguf.orig_shape`."""
-    writer = gguf.GGUFWriter(path, arch)
-    writer.add_array("tokenizer.ggml.tokens", ["a", "of", "the"])
-    writer.add_array("numbers", [1.5, 2.5])
-    for name, shape in shapes.items():
-        writer.add_array(f"comfy.gguf.orig_shape.{name}", shape)
-    for name, (codes, kind) in tensors.items():
-        writer.add_tensor(name, codes, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def mixed(tensors: Tensors, kind: Type = Type.Q8_0, rest: Type = Type.F16) -> dict[str, tuple[np.ndarray, Type]]:
-    """As published: matrices of the blocks in `kind`, all else in `rest`."""
-    block = gguf.GGML_QUANT_SIZES[kind][0]
-
-    def kind_of(name: str, tensor: Tensor) -> Type:
-        inside = "joint_blocks." in name or "blk." in name or ".block." in name
-        return kind if inside and tensor.ndim == 2 and tensor.shape[1] % block == 0 else rest
-
-    chosen = {name: kind_of(name, tensor) for name, tensor in tensors.items()}
-    return {name: (coded(tensor, chosen[name]), chosen[name]) for name, tensor in tensors.items()}
-
-
-def decoded(stored: Mapping[str, tuple[np.ndarray, Type]]) -> Tensors:
-    return {name: torch.from_numpy(gguf.quants.dequantize(codes, kind)) for name, (codes, kind) in stored.items()}
 
 
 def refusal(path: Path) -> str:
@@ -201,11 +166,6 @@ def test_all_parts_with_prefixes(toy: dict[str, Tensors], tmp_path: Path) -> Non
     for part in PARTS:
         expected = decoded({name: stored[PREFIXES[part] + name] for name in toy[part]})
         check_tensors(checkpoint.component(part), expected)
-
-
-def llama_cpp(native: Tensors) -> Tensors:
-    """T5 under llama.cpp's names."""
-    return {quantise.llama_cpp(name): tensor for name, tensor in native.items()}
 
 
 @pytest.mark.parametrize("part", ["transformer", "t5"])

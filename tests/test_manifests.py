@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from forms import write_gguf_holes
 from gguf import GGMLQuantizationType as Type
-from layouts import PARTS, Tensors, on_meta, write, write_gguf_holes
+from layouts import PARTS, Tensors, on_meta, write
 from manifests import MANIFESTS, golden, manifest, shapes
 from torch import Tensor
 
