@@ -88,8 +88,8 @@ def table(heading: str) -> list[list[str]]:
     return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows]
 
 
-# What no file holds: formats of single tensors, a place, what does not load.
-OTHER_ROWS = ("GGUF: every type", "Hugging Face id", "refused by name: ")
+# What is no way of writing the same file again: formats of single tensors, a place, other kinds, what does not load.
+OTHER_ROWS = ("GGUF: every type", "Hugging Face id", "PEFT folder: LoHa", "refused by name: ")
 
 
 @pytest.mark.parametrize(("heading", "rows"), [("layout", ROWS), ("dialect", DIALECTS), ("kind", KINDS)])

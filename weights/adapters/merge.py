@@ -2,7 +2,7 @@
 
 A weight under adapters is a new tensor, computed in float32 from the original by all of them in the order they were
 added, and rounded once to the original's dtype; a step of the sampler costs nothing more. The original parameter is
-kept and put back as it was. Nothing is ever written into a weight: it may be a view of a file.
+kept, on the CPU, and put back as it was. Nothing is ever written into a weight: it may be a view of a file.
 """
 
 import math
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from weights.adapters.kinds import LORA, Tensors, changed
+from weights.adapters.kinds import Tensors, changed
 from weights.adapters.plan import Plan, Report, Step, make_plan
 from weights.adapters.scale import alpha_factor
 from weights.adapters.targets import Lookup
@@ -45,9 +45,10 @@ class Active:
 
 
 class Adapters:
-    """The adapters of a model. Its modules are not to be moved or converted while one is in.
+    """The adapters of a model. Its modules may be moved to another device while one is in, not converted.
 
-    The original of a changed weight stays where it is, so that it takes memory twice unless it lies in a mapped file.
+    The original of a changed weight is kept on the CPU: where the model is there too it stays what it was, and takes no
+    memory of its own where it lies in a mapped file; on another device it does not take that device's memory.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
@@ -122,20 +123,38 @@ class Adapters:
     @torch.no_grad()
     def _merge(self, active: dict[str, Active], places: Iterable[Place]) -> None:
         """Make `active` the adapters that are in; places: the tensors that differ for it. All or nothing."""
-        merged: dict[Place, nn.Parameter] = {}
-        for place in places:
-            original = self._originals.get(place, self._parameter(place))
-            todo = [(a, c) for a in active.values() if a.scale != 0 for c in a.changes.get(place, ())]
-            merged[place] = (
-                nn.Parameter(merged_tensor(place[1], original, todo), original.requires_grad) if todo else original
-            )
-        for place, parameter in merged.items():
-            original = self._originals.setdefault(place, self._parameter(place))
-            if parameter is original:
-                del self._originals[place]
-            owner, _, leaf = place[1].rpartition(".")
-            self._modules[place[0]].get_submodule(owner)._parameters[leaf] = parameter
+        before: dict[Place, nn.Parameter] = {}
+        try:
+            for place in places:
+                todo = [(a, c) for a in active.values() if a.scale != 0 for c in a.changes.get(place, ())]
+                before[place] = self._parameter(place)
+                self._put(place, self._merged(place, todo))
+        except BaseException:
+            for place, parameter in before.items():
+                self._put(place, parameter)
+            raise
         self._active = active
+
+    def _merged(self, place: Place, todo: list[tuple[Active, Change]]) -> nn.Parameter:
+        """The parameter under these changes, the original itself where there are none."""
+        original = self._originals.get(place, self._parameter(place))
+        if not todo:
+            return original
+        values = original.detach().to(self._parameter(place).device)
+        return nn.Parameter(merged_tensor(place[1], values, todo), original.requires_grad)
+
+    def _put(self, place: Place, parameter: nn.Parameter) -> None:
+        """Make this the model's parameter, on the device of the one before, which then rests on the CPU."""
+        before = self._parameter(place)
+        if parameter is before:
+            return
+        original = self._originals.setdefault(place, before)
+        parameter.data = parameter.data.to(before.device)
+        owner, _, leaf = place[1].rpartition(".")
+        self._modules[place[0]].get_submodule(owner)._parameters[leaf] = parameter
+        before.data = before.data.cpu()
+        if parameter is original:
+            del self._originals[place]
 
     def _parameter(self, place: Place) -> nn.Parameter:
         return self._modules[place[0]].get_parameter(place[1])
@@ -162,12 +181,14 @@ def read_changes(plan: Plan) -> dict[Place, list[Change]]:
 def _factor(plan: Plan, module: str, tensors: Tensors) -> float:
     """s of one module; a bias that comes without a weight has none."""
     kind = plan.steps[module].kind
-    rank = kind.rank({role: tuple(t.shape) for role, t in tensors.items()}) if kind else None
-    if kind is None or rank is None:
+    if kind is None:
         return 1.0
+    rank = kind.rank({role: tuple(t.shape) for role, t in tensors.items()})
     scaling, name = plan.file.scaling(module)
-    if scaling is not None and kind is LORA:
+    if scaling is not None and kind.name == scaling.kind:
         return scaling.factor(name, rank)
+    if rank is None:
+        return 1.0
     alpha = tensors["alpha"].float().item() if "alpha" in tensors else None
     if alpha is not None and not math.isfinite(alpha):
         raise CheckpointError(f"{plan.file.path}: {module}.alpha is {alpha}: expected a number")
