@@ -6,6 +6,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from forms import open_clip
+from layout_rows import old_vae
 from layouts import PARTS, Tensors, check_tensors, joined, small_tensors, toy_parts, write
 from manifests import golden, shapes
 from safetensors.torch import load_file
@@ -68,13 +69,9 @@ def test_an_autoencoder_of_diffusers_names(toy: Toy, tmp_path: Path) -> None:
     file = toy.folder / "vae" / "diffusion_pytorch_model.safetensors"
     assert len(load_file(file)) == len(toy.parts["vae"])
     check_tensors(open_checkpoint(toy.files["transformer"], {"vae": file}).component("vae"), toy.parts["vae"])
-    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-    renamed = {}
-    for name, tensor in load_file(file).items():
-        for new, before in old.items():
-            name = name.replace(f"attentions.0.{new}.", f"attentions.0.{before}.")
-        renamed[name] = tensor
-    component = open_checkpoint(toy.files["transformer"], {"vae": write(tmp_path / "old", renamed)}).component("vae")
+    component = open_checkpoint(
+        toy.files["transformer"], {"vae": write(tmp_path / "old", old_vae(toy.parts["vae"]))}
+    ).component("vae")
     check_tensors(component, toy.parts["vae"])
     flat = {
         name: tensor.flatten(1) if ".attn_1." in name and tensor.ndim == 4 else tensor

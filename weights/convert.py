@@ -29,7 +29,7 @@ from weights.adapters.plan import make_plan
 from weights.adapters.targets import Lookup
 from weights.checkpoint import Checkpoint, open_checkpoint
 from weights.errors import CheckpointError
-from weights.keymap import TRANSFORMER, VAE, Entry, revert, to_diffusers
+from weights.keymap import TABLES, Entry, revert, to_diffusers
 from weights.kinds import COMPONENTS
 from weights.published import TOKENIZERS
 from weights.write import Item, whole, write_safetensors
@@ -39,7 +39,6 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, 
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0  # of F8_E4M3
 
-_TABLES = {"transformer": TRANSFORMER, "vae": VAE}
 _PROJECTION = "text_projection.weight"
 _NOT_LINEAR = ("shared.", "embed_tokens.", "relative_attention_bias.")  # T5's matrices that are looked up in
 
@@ -224,7 +223,7 @@ def rounded(where: str, tensor: Tensor, dtype: torch.dtype) -> list[Tensor]:
 
 def _pieces(part: str, shapes: dict[str, tuple[int, ...]], layout: str, dtype: str) -> Iterator[Piece]:
     """Every tensor of a component in the new layout."""
-    table = _TABLES.get(part) if layout == "diffusers" else None
+    table = TABLES.get(part) if layout == "diffusers" else None
     entries = to_diffusers(shapes, table) if table else {name: Entry((name,), "copy") for name in shapes}
     if part == "t5" and layout == "single-file" and "shared.weight" in shapes:
         entries["encoder.embed_tokens.weight"] = Entry(("shared.weight",), "copy")  # the published file has it twice

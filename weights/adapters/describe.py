@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from weights.adapters.groups import UNSUPPORTED, AdapterFile, open_adapter, split_key
 from weights.adapters.kinds import Shapes, kind_of
-from weights.adapters.targets import other_model, owner, unwrapped
+from weights.adapters.targets import LARGE, other_model, owner, unwrapped
 from weights.errors import CheckpointError
 
 # (what a module's name begins with, who writes that); the first that fits counts.
@@ -34,7 +34,7 @@ _DIALECTS = (
       for name in ("joint_blocks.", "final_layer.", "x_embedder.", "t_embedder.", "y_embedder.")),
 )  # fmt: skip
 _MAGNITUDES = {"magnitude", "dora_scale"}
-_MEDIUM, _LARGE = 1536, 2432  # widths of the published transformers
+_MEDIUM = 1536  # width of SD3-Medium and SD3.5-Medium
 
 
 def is_adapter(keys: Collection[str]) -> bool:
@@ -100,12 +100,12 @@ def _dialect(module: str) -> str:
 
 def _model(deltas: Mapping[str, tuple[int, ...]]) -> tuple[str | None, str | None]:
     """The model's name, and why it is none that runs here."""
-    strange = other_model(deltas, _LARGE)
+    strange = other_model(deltas, LARGE)
     if strange is not None:
         return strange, f"an adapter for {strange}; this engine runs Stable Diffusion 3 and 3.5 only"
     images = {module: shape for module, shape in deltas.items() if owner(module) == "transformer"}
     widths = {n for shape in images.values() for n in shape}
-    if _LARGE in widths:
+    if LARGE in widths:
         return "SD3.5-Large", None
     if _MEDIUM not in widths:
         return None, None
