@@ -5,6 +5,7 @@ import struct
 import sys
 import time
 import tracemalloc
+import warnings
 from pathlib import Path
 
 import gguf
@@ -27,6 +28,7 @@ from mmdit import Pipeline
 from mmdit.loading import build
 from weights import CheckpointError, fill, open_checkpoint
 from weights.gguf import GGUFFile
+from weights.keymap import TRANSFORMER, revert, to_diffusers
 from weights.published import PREFIXES
 
 DECODED = [t for t in Type if t.name.startswith(("Q", "IQ", "TQ", "MXFP", "NVFP", "BF16", "F16", "F32"))]
@@ -130,6 +132,28 @@ def test_transformers(toy: dict[str, Tensors], tmp_path: Path, prefix: str, rest
     check_tensors(component, expected)
     module = fill(build(component), component, dtype=torch.bfloat16)
     assert all(torch.equal(tensor, expected[name].bfloat16()) for name, tensor in module.state_dict().items())
+
+
+def test_diffusers_reads_the_same_file(toy: dict[str, Tensors], tmp_path: Path) -> None:
+    """Its single-file loader; it decodes Q8_0 into float16, one rounding from ours."""
+    pytest.importorskip("accelerate", reason="diffusers reads GGUF with it")
+    from diffusers import GGUFQuantizationConfig, SD3Transformer2DModel
+    from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor
+
+    toy_parts(tmp_path / "folder")
+    path = write_gguf(tmp_path / "file.gguf", mixed(toy["transformer"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = SD3Transformer2DModel.from_single_file(
+            str(path), config=str(tmp_path / "folder"), subfolder="transformer", local_files_only=True,
+            quantization_config=GGUFQuantizationConfig(compute_dtype=torch.float32),
+        ).state_dict()  # fmt: skip
+    component = open_checkpoint(path).component("transformer")
+    entries = to_diffusers(component.shapes, TRANSFORMER)
+    assert set(entries) == set(theirs)
+    for name, entry in entries.items():
+        ours = revert(entry, component.read(entry.sources[0]))
+        assert torch.equal(dequantize_gguf_tensor(theirs[name]).half(), ours.half()), name
 
 
 def test_position_tables(toy: dict[str, Tensors], tmp_path: Path) -> None:
