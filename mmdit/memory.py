@@ -21,7 +21,7 @@ from mmdit.prepared import Prepared
 from mmdit.residency import Mode, Network
 from mmdit.settings import SettingsError
 from mmdit.streaming import Unit
-from vae import decode_peak, rows_for
+from vae import cpu_rows, decode_peak, rows_for
 
 _WORKSPACE = {"cuda": 40_000_000}  # bytes that matrix products take for themselves
 _LIGHT = 0.25  # of a network's weights: so few that need memory beside the mapped file may stay
@@ -151,11 +151,11 @@ class Planner:
         apart = {n for unit in network.apart(mode) for n in unit.names}
         if self._device.type != "cpu" and network.layout.table is not None:
             apart.add(network.layout.table)
-        return sum(self.cost(network, n) for n in network.shapes if n not in apart)
+        return sum(self.cost(network, n) for n in network.source.shapes if n not in apart)
 
     def size(self, name: str) -> int:
         """Bytes of all weights of a network, wherever they lie."""
-        return sum(map(self._networks[name].source.nbytes, self._networks[name].shapes))
+        return sum(map(self._networks[name].source.nbytes, self._networks[name].source.shapes))
 
     def streamed(self, name: str, mode: Mode) -> tuple[Network, list[Unit]]:
         network = self._networks[name]
@@ -166,7 +166,7 @@ class Planner:
         return 2 * max((sum(self.cost(network, name) for name in unit.names) for unit in units), default=0)
 
     def cost(self, network: Network, name: str) -> int:
-        mapped = self._device.type == "cpu" and network.source.is_mapped(name)
+        mapped = self._device.type == "cpu" and network.source.is_mapped(name) and not network.layout.channels_last
         return 0 if mapped else network.source.nbytes(name)
 
     # ---- computation -----------------------------------------------------------------------------
@@ -191,19 +191,21 @@ class Planner:
 
     def denoising(self, job: Job, batch: int) -> int:
         """Bytes for one step of `batch` pictures, by a transformer of two blocks, for more take no more."""
-        config = self._networks["transformer"].module.config
+        network = self._networks["transformer"]
+        config = network.module.config
         short = replace(config, depth=2, dual_attention_blocks=config.dual_attention_blocks[:1] and (0,))
         length = self._networks["clip_l"].module.config.max_length + job.t5_length
         size = (batch, config.in_channels, job.rows, job.columns)
 
-        def step(model: MMDiT) -> object:
+        def step(model: Any) -> object:
             context = torch.empty(job.texts, length, config.context_size, dtype=self._dtype, device="meta")
             pooled = torch.empty(job.texts, config.pooled_size, dtype=self._dtype, device="meta")
             velocity = Prepared(model, context, pooled, batch)
             latents = torch.cat([torch.empty(size, device="meta")] * job.texts)
             return velocity(latents.to(self._dtype), torch.tensor(1.0)).float()
 
-        return self._once((size, job.texts, length), lambda: peak_bytes(step, on_meta(MMDiT, short, self._dtype)))
+        model = network.change(on_meta(MMDiT, short, self._dtype))
+        return self._once((size, job.texts, length), lambda: peak_bytes(step, model))
 
     def _once(self, key: tuple[object, ...], measure: Callable[[], int]) -> int:
         if key not in self._measured:
@@ -214,6 +216,8 @@ class Planner:
         """The height of the strips, None for the whole, and the bytes for one picture in them."""
         config, apart = self._networks["vae"].module.config, self._device.type != "cpu"
         rows = rows_for(config, job.rows, job.columns, self._dtype, budget, apart) or 1
+        if not apart and self._dtype.itemsize == 2:  # strips are faster there; float32 keeps to the plain path's bits
+            rows = min(rows, cpu_rows(job.rows, job.columns))
         strip = None if rows >= job.rows else rows
         return strip, decode_peak(config, job.rows, job.columns, strip, self._dtype, apart)
 
@@ -238,10 +242,10 @@ def budget_of(memory: str, device: torch.device) -> int:
     return int(float(match[1]) * base ** (1 + "KMGT".index(match[2].upper())))
 
 
-def own_bytes() -> int:
-    """What this process has of its own, files that it maps left out; 0 where the system does not tell."""
+def own_bytes(process: int | str = "self") -> int:
+    """What a process has of its own, files that it maps left out; 0 where the system does not tell."""
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
     except (OSError, StopIteration, ValueError):
         return 0

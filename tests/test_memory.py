@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from reference import relative_error
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from benchmarks.emoji.tokenizers import write_tokenizers
+from benchmarks.memory import full_size
 from benchmarks.random_checkpoint import write_checkpoint
 from mmdit import streaming
 from mmdit.config import SD35_MEDIUM
@@ -24,8 +25,6 @@ from mmdit.pipeline import Pipeline
 from mmdit.prepared import Prepared
 from mmdit.residency import Mode, Network, Residency
 from mmdit.settings import SettingsError
-from text_encoders import CLIP_G, CLIP_L, T5_XXL, CLIPTextEncoder, T5Encoder
-from vae import SD3_VAE, Autoencoder
 
 PROMPT = "a horse and a bear on a green background!"
 SIZE = {"width": 96, "height": 64, "steps": 3, "t5_length": 20}
@@ -158,27 +157,6 @@ def test_a_stage_is_tried_again_by_the_next_smaller_plan(
 # ---- predictions ---------------------------------------------------------------------------------
 
 
-class Full:
-    """A source of full size; its tensors take no memory, since nobody writes to them."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.shapes = {name: tuple(t.shape) for name, t in module.state_dict().items()}
-
-    def __call__(self, name: str) -> Tensor:
-        return torch.empty(self.shapes[name], dtype=torch.bfloat16)
-
-    original = __call__
-
-    def dtype(self, _: str) -> torch.dtype:
-        return torch.bfloat16
-
-    def nbytes(self, name: str) -> int:
-        return 2 * torch.Size(self.shapes[name]).numel()
-
-    def is_mapped(self, _: str) -> bool:
-        return False
-
-
 class AtOnce:
     """An executor without threads, which trackers of memory do not see into."""
 
@@ -196,17 +174,7 @@ class AtOnce:
 def full(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Network]]:
     """SD3.5-Medium in full size on a device apart from the CPU."""
     monkeypatch.setattr(streaming, "ThreadPoolExecutor", AtOnce)
-    kinds = {
-        "clip_l": (CLIPTextEncoder, CLIP_L),
-        "clip_g": (CLIPTextEncoder, CLIP_G),
-        "t5": (T5Encoder, T5_XXL),
-        "transformer": (MMDiT, SD35_MEDIUM),
-        "vae": (Autoencoder, SD3_VAE),
-    }
-    networks = {}
-    for name, (module, config) in kinds.items():
-        empty = on_meta(module, config, torch.bfloat16)
-        networks[name] = Network(name, empty, Full(empty), torch.device("meta"))
+    networks = full_size(torch.device("meta"))
     yield networks
     for network in networks.values():
         network.leave()
