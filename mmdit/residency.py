@@ -33,6 +33,7 @@ class Layout(NamedTuple):
     before: str | None = None  # pattern of the modules that are used before the loop
     blocks: str | None = None  # list of modules that run one after another
     loop: bool = False  # whether the blocks run more than once
+    entries: tuple[str, ...] = ()  # modules that are called without the whole
     channels_last: bool = False  # whether its convolutions are faster so, in 16 bits
 
 
@@ -42,7 +43,7 @@ LAYOUTS = {
     "clip_g": _CLIP,
     "t5": Layout("shared.weight", blocks="encoder.block"),
     "transformer": Layout("pos_embed", r"joint_blocks\.\d+\.\w+\.adaLN_modulation", "joint_blocks", loop=True),
-    "vae": Layout(channels_last=True),
+    "vae": Layout(entries=("encoder", "decoder"), channels_last=True),
 }
 
 
@@ -171,7 +172,8 @@ class Residency:
     def __init__(self, networks: dict[str, Network]) -> None:
         self.networks = networks
         for name, network in networks.items():
-            network.module.register_forward_pre_hook(lambda *_, name=name: self.use(name))
+            for module in (network.module, *map(network.module.get_submodule, network.layout.entries)):
+                module.register_forward_pre_hook(lambda *_, name=name: self.use(name))
 
     def use(self, name: str | None) -> None:
         """Bring this network to the device, all others that are not resident having left it."""

@@ -21,7 +21,7 @@ from benchmarks.random_checkpoint import write_checkpoint
 from mmdit.pipeline import Pipeline
 from mmdit.run import main
 from mmdit.settings import Settings, SettingsError, split_lora
-from weights import CheckpointError
+from weights import CheckpointError, Source
 from weights.keymap import TRANSFORMER, revert, to_diffusers
 
 DEFAULTS = {"width": 32, "height": 32, "steps": 1, "cfg": 2.0, "t5_length": 8}
@@ -275,7 +275,7 @@ def test_a_wrong_adapter_is_found_before_the_weights_are_read(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_file(lora("lora_unet_double_blocks_0_x", 8, 8), tmp_path / "flux.safetensors")
-    monkeypatch.setattr("weights.fill.Source.original", lambda *_: pytest.fail("the weights were read"))
+    monkeypatch.setattr(Source, "original", lambda *_: pytest.fail("the weights were read"))
     with pytest.raises(CheckpointError, match="an adapter for FLUX"):
         load(model, lora=[str(tmp_path / "flux.safetensors")])
 
