@@ -26,6 +26,7 @@ from vae import cpu_rows, decode_peak, rows_for
 _WORKSPACE = {"cuda": 40_000_000}  # bytes that matrix products take for themselves
 _LIGHT = 0.25  # of a network's weights: so few that need memory beside the mapped file may stay
 _LESS = 0.75  # of the memory that could not be had
+_ROOM = 0.95  # of a budget, for decoding: convolutions may take memory of their own
 _SHARE = 0.9  # of what is free: the rest is for what allocators waste
 
 
@@ -139,7 +140,7 @@ class Planner:
         before = self.visit(network, [] if modes["transformer"] is Mode.RESIDENT else network.before)
         loop = self.visit(*self.streamed("transformer", modes["transformer"])) + self.denoising(job, batch)
         denoise = comes["transformer"] + table + max(before, loop)
-        strip, picture = self.decoding(job, budget - stay - comes["vae"])
+        strip, picture = self.decoding(job, int(_ROOM * budget) - stay - comes["vae"])
         peaks = {"encode": stay + encode, "denoise": stay + denoise, "decode": stay + comes["vae"] + picture}
         return Plan(modes, batch, strip, peaks)
 

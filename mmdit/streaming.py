@@ -8,6 +8,7 @@ conversion, and weights that need none are used where they lie in the file.
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import accumulate
 from typing import NamedTuple, Protocol
 
 import torch
@@ -27,21 +28,29 @@ class Unit(NamedTuple):
 
 
 class Carrier(Protocol):
-    """How a unit's tensors come to the device."""
+    """How a unit's tensors come to the device; `turn` tells one coming from another."""
 
-    def start(self, unit: int) -> Callable[[], Tensors]:
-        """Begin; what is returned is called in a thread and gives the tensors, on their way."""
+    def start(self, unit: int) -> tuple[int, Callable[[], Tensors]]:
+        """Begin; returns the turn, and what, called in a thread, gives the tensors on their way."""
         ...
 
-    def arrived(self) -> None:
-        """Called before the tensors that were started first are used."""
+    def arrived(self, turn: int) -> None:
+        """Called before the tensors are used."""
         ...
 
-    def left(self) -> None:
+    def left(self, turn: int) -> None:
         """Called when they have been used."""
         ...
 
     def close(self) -> None: ...
+
+
+class Ahead(NamedTuple):
+    """A unit on its way."""
+
+    unit: int
+    turn: int
+    tensors: Future[Tensors]
 
 
 class Stream:
@@ -60,7 +69,8 @@ class Stream:
         names = [unit.names for unit in units]
         self._carrier = Paged(names, source, device, rounds) if device.type == "cuda" else Direct(names, source, device)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="weights")
-        self._ahead: tuple[int, Future[Tensors]] | None = None
+        self._ahead: Ahead | None = None
+        self._turn = 0  # of the unit that runs
         self._handles = []
         for i, unit in enumerate(units):
             self._handles.append(unit.module.register_forward_pre_hook(lambda *_, i=i: self._enter(i)))
@@ -74,34 +84,29 @@ class Stream:
         for i in range(len(self._units)):
             self._unbind(i)
 
-    def _start(self, i: int) -> None:
-        self._ahead = i, self._worker.submit(self._carrier.start(i))
+    def _start(self, i: int) -> Ahead:
+        turn, carry = self._carrier.start(i)
+        return Ahead(i, turn, self._worker.submit(carry))
 
     def _enter(self, i: int) -> None:
-        if self._ahead is None or self._ahead[0] != i:  # the first of all, or a round was broken off
-            self._skip()
-            self._start(i)
-        assert self._ahead is not None
-        tensors = self._ahead[1].result()
-        self._ahead = None
-        self._carrier.arrived()
-        for name, tensor in tensors.items():
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead.unit != i:  # a round was broken off
+            ahead.tensors.result()
+            self._carrier.left(ahead.turn)
+            ahead = None
+        ahead = ahead or self._start(i)
+        for name, tensor in ahead.tensors.result().items():
             self._bind(name, tensor)
+        self._turn = ahead.turn
+        self._carrier.arrived(self._turn)
         if self._rounds or i + 1 < len(self._units):
-            self._start((i + 1) % len(self._units))
+            self._ahead = self._start((i + 1) % len(self._units))
 
     def _leave(self, i: int) -> None:
         self._unbind(i)
-        self._carrier.left()
+        self._carrier.left(self._turn)
         if not self._rounds and i + 1 == len(self._units):
             self._carrier.close()
-
-    def _skip(self) -> None:
-        if self._ahead is not None:
-            self._ahead[1].result()
-            self._ahead = None
-            self._carrier.arrived()
-            self._carrier.left()
 
     def _unbind(self, i: int) -> None:
         for name in self._units[i].names:
@@ -114,75 +119,81 @@ class Direct:
     def __init__(self, names: Sequence[tuple[str, ...]], source: Source, device: torch.device) -> None:
         self._names, self._source, self._device = names, source, device
 
-    def start(self, unit: int) -> Callable[[], Tensors]:
-        return lambda: {name: self._source(name).to(self._device) for name in self._names[unit]}
+    def start(self, unit: int) -> tuple[int, Callable[[], Tensors]]:
+        return 0, lambda: {name: self._source(name).to(self._device) for name in self._names[unit]}
 
-    def arrived(self) -> None: ...
+    def arrived(self, turn: int) -> None: ...
 
-    def left(self) -> None: ...
+    def left(self, turn: int) -> None: ...
 
     def close(self) -> None: ...
 
 
 class Paged:
-    """For CUDA: two places on the device, each as large as the largest unit, filled in turn from page-locked memory."""
+    """For CUDA: two places on the device, each as large as the largest unit, filled in turn from page-locked memory.
+
+    Units that run in rounds have page-locked memory of their own, the others one for each place.
+    """
 
     def __init__(self, names: Sequence[tuple[str, ...]], source: Source, device: torch.device, rounds: bool) -> None:
-        self._source, self._rounds = source, rounds
+        self._source, self._rounds, self._device = source, rounds, device
         self._layouts = [layout(unit, source) for unit in names]
-        self._size, self._device = max(end for _, end in self._layouts), device
+        self._size = max(end for _, end in self._layouts)
+        self._begins = list(accumulate((end for _, end in self._layouts), initial=0))
         self._places: list[Tensor] = []
-        self._pages: dict[int, Tensor] = {}  # by unit where they are kept, else by place
+        self._pages: Tensor | None = None
+        self._read: set[int] = set()  # units whose tensors are in page-locked memory
         self._copies = torch.cuda.Stream(device)
         self._arrived = [torch.cuda.Event() for _ in range(2)]
         self._left = [torch.cuda.Event() for _ in range(2)]
-        self._started = self._used = 0  # how many units, for whose turn it is
+        self._turns = 0
 
-    def start(self, unit: int) -> Callable[[], Tensors]:
+    def start(self, unit: int) -> tuple[int, Callable[[], Tensors]]:
         if not self._places:
             self._places = [torch.empty(self._size, dtype=torch.uint8, device=self._device) for _ in range(2)]
             for event in self._left:
                 event.record()  # after all that used this memory before
-        place = self._started % 2
-        self._started += 1
+        turn, self._turns = self._turns, self._turns + 1
 
         def carry() -> Tensors:
-            pages, (parts, end) = self._page_locked(unit, place), self._layouts[unit]
+            place, (parts, end) = turn % 2, self._layouts[unit]
+            pages = self._page_locked(unit, place)
             with torch.cuda.stream(self._copies):
                 self._copies.wait_event(self._left[place])
-                self._places[place][:end].copy_(pages[:end], non_blocking=True)
+                self._places[place][:end].copy_(pages, non_blocking=True)
                 self._arrived[place].record()
             return views(self._places[place], parts)
 
-        return carry
+        return turn, carry
 
-    def arrived(self) -> None:
-        torch.cuda.current_stream().wait_event(self._arrived[self._used % 2])
+    def arrived(self, turn: int) -> None:
+        torch.cuda.current_stream(self._device).wait_event(self._arrived[turn % 2])
 
-    def left(self) -> None:
-        self._left[self._used % 2].record()
-        self._used += 1
+    def left(self, turn: int) -> None:
+        self._left[turn % 2].record()
 
     def close(self) -> None:
         # The memory goes back to the queue that computes, which knows nothing of the copies.
         self._copies.synchronize()
         self._places.clear()
         if not self._rounds:
-            self._pages.clear()
+            self._pages = None
 
     def _page_locked(self, unit: int, place: int) -> Tensor:
         """The unit's tensors, side by side in page-locked memory."""
+        if self._pages is None:  # all at once: PyTorch rounds each up to a power of two
+            size = self._begins[-1] if self._rounds else 2 * self._size
+            self._pages = torch.empty(size, dtype=torch.uint8, pin_memory=True)
         parts, end = self._layouts[unit]
-        key = unit if self._rounds else place
-        if self._rounds and key in self._pages:
-            return self._pages[key]
-        self._arrived[place].synchronize()  # what lay there before is on the device
-        if key not in self._pages:
-            size = end if self._rounds else self._size
-            self._pages[key] = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-        for name, view in views(self._pages[key], parts).items():
-            view.copy_(self._source(name))
-        return self._pages[key]
+        begin = self._begins[unit] if self._rounds else place * self._size
+        pages = self._pages[begin : begin + end]
+        if unit not in self._read:
+            self._arrived[place].synchronize()  # what lay there before is on the device
+            for name, view in views(pages, parts).items():
+                view.copy_(self._source(name))
+            if self._rounds:
+                self._read.add(unit)
+        return pages
 
 
 Parts = list[tuple[str, int, torch.dtype, tuple[int, ...]]]
