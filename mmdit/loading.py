@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from torch import nn
 from mmdit.config import MMDiTConfig
 from mmdit.defaults import default_settings
 from mmdit.model import MMDiT
+from mmdit.quantise import QuantisedSource, quantised
 from mmdit.residency import Network
 from mmdit.settings import Settings, SettingsError, check_defaults, check_size, split_lora, user_path
 from text_encoders import (
@@ -86,7 +88,12 @@ def load_parts(settings: Settings) -> Parts:
     networks = {}
     for name in wanted:
         source = Source(modules[name], components[name], part_dtype(name, dtype))
-        networks[name] = Network(name, modules[name], source, device)
+        if name == "transformer" and settings.quantise != "none":
+            change = partial(quantised, kind=settings.quantise)
+            source = QuantisedSource(source, change(modules[name]))
+            networks[name] = Network(name, modules[name], source, device, change)
+        else:
+            networks[name] = Network(name, modules[name], source, device)
     adapters = Adapters({name: network for name, network in networks.items() if name != "vae"})
     for lora in settings.lora:
         adapters.plan(split_lora(lora)[0])

@@ -21,9 +21,10 @@ from mmdit.prepared import Prepared
 from mmdit.residency import Mode, Network
 from mmdit.settings import SettingsError
 from mmdit.streaming import Unit
-from vae import decode_peak, rows_for
+from vae import cpu_rows, decode_peak, rows_for
 
 _WORKSPACE = {"cuda": 40_000_000}  # bytes that matrix products take for themselves
+_LIGHT = 0.25  # of a network's weights: so few that need memory beside the mapped file may stay
 _LESS = 0.75  # of the memory that could not be had
 _SHARE = 0.9  # of what is free: the rest is for what allocators waste
 
@@ -53,19 +54,20 @@ class Plan:
     def peak(self) -> int:
         return max(self.peaks.values())
 
+    @property
+    def everything_stays(self) -> bool:
+        return set(self.modes.values()) == {Mode.RESIDENT}
+
     def __str__(self) -> str:
-        ways = {
-            Mode.RESIDENT: "resident",
-            Mode.STAGED: "there while it denoises",
-            Mode.STREAMED: "streamed block by block",
-        }
-        encoders = next(mode for name, mode in self.modes.items() if name not in ("transformer", "vae"))
+        encoders = {mode for name, mode in self.modes.items() if name not in ("transformer", "vae")}
+        text = "come block by block" if Mode.STREAMED in encoders else "stay"
+        ways = {Mode.RESIDENT: "stays", Mode.STAGED: "is there while it runs", Mode.STREAMED: "comes block by block"}
+        batch = f", {self.batch} pictures at a time" if self.batch > 1 else ""
         strips = "whole" if self.strip is None else f"in strips of {self.strip} latent rows"
-        batch = f", {self.batch} at a time" if self.batch > 1 else ""
         return (
-            f"peak {told(self.peak)}: text encoders {ways[encoders]} ({told(self.peaks['encode'])}), "
-            f"transformer {ways[self.modes['transformer']]}{batch} ({told(self.peaks['denoise'])}), "
-            f"pictures decoded {strips} ({told(self.peaks['decode'])})"
+            f"{told(self.peak)} at the peak; encode {told(self.peaks['encode'])}: text encoders {text}; "
+            f"denoise {told(self.peaks['denoise'])}: transformer {ways[self.modes['transformer']]}{batch}; "
+            f"decode {told(self.peaks['decode'])}: {strips}"
         )
 
 
@@ -80,6 +82,7 @@ class Planner:
     def __init__(self, networks: Mapping[str, Network], device: torch.device, dtype: torch.dtype) -> None:
         self._networks, self._device, self._dtype = networks, device, dtype
         self._measured: dict[tuple[object, ...], int] = {}
+        self._own = own_bytes() if device.type == "cpu" else _WORKSPACE.get(device.type, 0)
 
     def plan(self, job: Job, budget: int) -> Plan:
         """The fastest plan that keeps to `budget` bytes; SettingsError, with what would be needed, where none does."""
@@ -100,9 +103,10 @@ class Planner:
 
         Where none takes much less, the smallest; None where that takes no less.
         """
-        others = list(self.plans(job, int(_LESS * plan.peaks[stage])))
-        enough = (other for other in others if other.peaks[stage] <= _LESS * plan.peaks[stage])
-        found = next(enough, None) or min(others, key=lambda other: other.peaks[stage])
+        enough = self._own + int(_LESS * (plan.peaks[stage] - self._own))
+        others = list(self.plans(job, enough))
+        found = next((other for other in others if other.peaks[stage] <= enough), None)
+        found = found or min(others, key=lambda other: other.peaks[stage])
         return found if found.peaks[stage] < plan.peaks[stage] else None
 
     def plans(self, job: Job, budget: int) -> Iterator[Plan]:
@@ -115,22 +119,20 @@ class Planner:
                 yield self.predict(modes, job, batch, budget)
 
     def ladder(self) -> list[dict[str, Mode]]:
-        encoders = [name for name in self._networks if name not in ("transformer", "vae")]
-
-        def modes(text: Mode, transformer: Mode, vae: Mode) -> dict[str, Mode]:
-            return {**dict.fromkeys(encoders, text), "transformer": transformer, "vae": vae}
-
-        return [
-            modes(Mode.RESIDENT, Mode.RESIDENT, Mode.RESIDENT),
-            modes(Mode.STREAMED, Mode.RESIDENT, Mode.RESIDENT),
-            modes(Mode.STREAMED, Mode.STAGED, Mode.STAGED),
-            modes(Mode.STREAMED, Mode.STREAMED, Mode.STAGED),
-        ]
+        """Where the networks can be, the fastest way first."""
+        staged = {n: Mode.STAGED if n in ("transformer", "vae") else Mode.STREAMED for n in self._networks}
+        streamed = {**staged, "transformer": Mode.STREAMED}
+        if self._device.type == "cpu":
+            # To convert weights again for the next picture takes little beside the picture; to keep them takes memory.
+            light = {n for n in self._networks if self.weights(n, Mode.RESIDENT) <= _LIGHT * self.size(n)}
+            return [{n: Mode.RESIDENT if n in light else mode for n, mode in staged.items()}, staged, streamed]
+        resident = dict.fromkeys(self._networks, Mode.RESIDENT)
+        return [resident, {**staged, "transformer": Mode.RESIDENT, "vae": Mode.RESIDENT}, staged, streamed]
 
     def predict(self, modes: dict[str, Mode], job: Job, batch: int, budget: int) -> Plan:
         """The plan with these modes and this batch, decoding in the highest strips that keep it within the budget."""
         stay = sum(self.weights(name, mode) for name, mode in modes.items() if mode is Mode.RESIDENT)
-        stay += _WORKSPACE.get(self._device.type, 0)
+        stay += self._own
         comes = {n: 0 if mode is Mode.RESIDENT else self.weights(n, mode) for n, mode in modes.items()}
         encoders = [name for name in modes if name not in ("transformer", "vae")]
         encode = max(comes[n] + self.visit(*self.streamed(n, modes[n])) + self.encoding(n, job) for n in encoders)
@@ -150,7 +152,11 @@ class Planner:
         apart = {n for unit in network.apart(mode) for n in unit.names}
         if self._device.type != "cpu" and network.layout.table is not None:
             apart.add(network.layout.table)
-        return sum(self.cost(network, n) for n in network.shapes if n not in apart)
+        return sum(self.cost(network, n) for n in network.source.shapes if n not in apart)
+
+    def size(self, name: str) -> int:
+        """Bytes of all weights of a network, wherever they lie."""
+        return sum(map(self._networks[name].source.nbytes, self._networks[name].source.shapes))
 
     def streamed(self, name: str, mode: Mode) -> tuple[Network, list[Unit]]:
         network = self._networks[name]
@@ -161,7 +167,7 @@ class Planner:
         return 2 * max((sum(self.cost(network, name) for name in unit.names) for unit in units), default=0)
 
     def cost(self, network: Network, name: str) -> int:
-        mapped = self._device.type == "cpu" and network.source.is_mapped(name)
+        mapped = self._device.type == "cpu" and network.source.is_mapped(name) and not network.layout.channels_last
         return 0 if mapped else network.source.nbytes(name)
 
     # ---- computation -----------------------------------------------------------------------------
@@ -199,22 +205,22 @@ class Planner:
 
     def denoising(self, job: Job, batch: int) -> int:
         """Bytes for one step of `batch` pictures, by a transformer of two blocks, for more take no more."""
-        config = self._networks["transformer"].module.config
+        network = self._networks["transformer"]
+        config = network.module.config
         short = replace(config, depth=2, dual_attention_blocks=config.dual_attention_blocks[:1] and (0,))
         length = self._networks["clip_l"].module.config.max_length + job.t5_length
         size = (batch, config.in_channels, job.rows, job.columns)
         texts, each = (job.texts * batch, 1) if job.apart else (job.texts, batch)
 
-        def step(model: MMDiT) -> object:
+        def step(model: Any) -> object:
             context = torch.empty(texts, length, config.context_size, dtype=self._dtype, device="meta")
             pooled = torch.empty(texts, config.pooled_size, dtype=self._dtype, device="meta")
             velocity = Prepared(model, context, pooled, each)
             latents = torch.cat([torch.empty(size, device="meta")] * job.texts)
             return velocity(latents.to(self._dtype), torch.tensor(1.0)).float()
 
-        return self._once(
-            (size, job.texts, texts, length), lambda: peak_bytes(step, on_meta(MMDiT, short, self._dtype))
-        )
+        model = network.change(on_meta(MMDiT, short, self._dtype))
+        return self._once((size, job.texts, texts, length), lambda: peak_bytes(step, model))
 
     def _once(self, key: tuple[object, ...], measure: Callable[[], int]) -> int:
         if key not in self._measured:
@@ -225,6 +231,8 @@ class Planner:
         """The height of the strips, None for the whole, and the bytes for one picture in them."""
         config, apart = self._networks["vae"].module.config, self._device.type != "cpu"
         rows = rows_for(config, job.rows, job.columns, self._dtype, budget, apart) or 1
+        if not apart and self._dtype.itemsize == 2:  # strips are faster there; float32 keeps to the plain path's bits
+            rows = min(rows, cpu_rows(job.rows, job.columns))
         strip = None if rows >= job.rows else rows
         return strip, decode_peak(config, job.rows, job.columns, strip, self._dtype, apart)
 
@@ -241,12 +249,21 @@ def budget_of(memory: str, device: torch.device) -> int:
     Raises SettingsError for what is neither.
     """
     if memory == "auto":
-        return int(_SHARE * free_bytes(device))
+        return int(_SHARE * free_bytes(device)) + (own_bytes() if device.type == "cpu" else 0)
     match = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*([KMGT])(i?)B?", memory.strip(), re.IGNORECASE)
     if match is None:
         raise SettingsError(f"memory is {memory!r}: expected a size such as 4GB or 900MB, or auto")
     base = 1024 if match[3] else 1000
     return int(float(match[1]) * base ** (1 + "KMGT".index(match[2].upper())))
+
+
+def own_bytes(process: int | str = "self") -> int:
+    """What a process has of its own, files that it maps left out; 0 where the system does not tell."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+    except (OSError, StopIteration, ValueError):
+        return 0
 
 
 def free_bytes(device: torch.device) -> int:

@@ -33,6 +33,8 @@ class Layout(NamedTuple):
     before: str | None = None  # pattern of the modules that are used before the loop
     blocks: str | None = None  # list of modules that run one after another
     loop: bool = False  # whether the blocks run more than once
+    entries: tuple[str, ...] = ()  # modules that are called without the whole
+    channels_last: bool = False  # whether its convolutions are faster so, in 16 bits
 
 
 _CLIP = Layout("text_model.embeddings.token_embedding.weight", blocks="text_model.encoder.layers")
@@ -41,7 +43,7 @@ LAYOUTS = {
     "clip_g": _CLIP,
     "t5": Layout("shared.weight", blocks="encoder.block"),
     "transformer": Layout("pos_embed", r"joint_blocks\.\d+\.\w+\.adaLN_modulation", "joint_blocks", loop=True),
-    "vae": Layout(),
+    "vae": Layout(entries=("encoder", "decoder"), channels_last=True),
 }
 
 
@@ -51,12 +53,25 @@ class Network:
     `Adapters` may be given one in a module's place.
     """
 
-    def __init__(self, name: str, module: nn.Module, source: Source, device: torch.device) -> None:
-        """module: built on "meta"; it is frozen and put into eval mode. device: where it is to compute."""
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        source: Source,
+        device: torch.device,
+        change: Callable[[nn.Module], nn.Module] = lambda module: module,
+    ) -> None:
+        """module: built on "meta"; it is frozen and put into eval mode. device: where it is to compute.
+
+        change: what was done to the module after it was built; a smaller one, to measure, is changed likewise.
+        """
         self.module: Any = module.requires_grad_(False).eval()
-        self.source, self.device = source, device
+        for tensor, empty in module.state_dict(keep_vars=True).items():
+            empty.data = empty.data.to(source.dtype(tensor))
+        self.source, self.device, self.change = source, device, change
         self.mode = Mode.RESIDENT
-        self.shapes, self.original = source.shapes, source.original
+        self.shapes = {name: shape for name, shape in source.shapes.items() if not name.endswith("weight_scale")}
+        self.original = source.original
         self.layout = LAYOUTS[name]
         self.before, self.blocks = units(module, self.layout)
         self._empty = module.state_dict(keep_vars=True)
@@ -75,9 +90,11 @@ class Network:
             return
         self.here = True  # from the first tensor on, so that `leave` takes out what came before a failure
         apart = self.apart(self.mode)
-        for name in self.shapes.keys() - {name for unit in apart for name in unit.names}:
-            self._bind(name, self._placed(name))
-            progress(self.source.nbytes(name))
+        later = {name for unit in apart for name in unit.names}
+        for name in self.source.shapes:
+            if name not in later:
+                self._bind(name, self._placed(name))
+                progress(self.source.nbytes(name))
         before = [unit for unit in apart if unit in self.before]
         blocks = [unit for unit in apart if unit in self.blocks]
         for run, loop in ((before, False), (blocks, self.layout.loop)):
@@ -89,7 +106,7 @@ class Network:
         for stream in self._streams:
             stream.close()
         self._streams.clear()
-        for name in self.shapes if self.here else ():
+        for name in self.source.shapes if self.here else ():
             self._bind(name, None)
         self.here = False
 
@@ -100,13 +117,17 @@ class Network:
     def put(self, name: str, tensor: Tensor | None) -> None:
         """Compute with this weight, on the CPU, from now on; None: with the original."""
         self.source.put(name, tensor)
-        if self.here and self.mode is Mode.RESIDENT:
-            self._bind(name, self._placed(name))
-        else:
+        if not (self.here and self.mode is Mode.RESIDENT):
             self.leave()
+            return
+        for each in (name, f"{name}_scale"):
+            if each in self.source.shapes:
+                self._bind(each, self._placed(each))
 
     def _placed(self, name: str) -> Tensor:
         tensor = self.source(name)
+        if self.layout.channels_last and tensor.ndim == 4 and tensor.itemsize == 2:
+            tensor = tensor.contiguous(memory_format=torch.channels_last)
         return tensor if name == self.layout.table else tensor.to(self.device)
 
     def _bind(self, name: str, tensor: Tensor | None) -> None:
@@ -151,7 +172,8 @@ class Residency:
     def __init__(self, networks: dict[str, Network]) -> None:
         self.networks = networks
         for name, network in networks.items():
-            network.module.register_forward_pre_hook(lambda *_, name=name: self.use(name))
+            for module in (network.module, *map(network.module.get_submodule, network.layout.entries)):
+                module.register_forward_pre_hook(lambda *_, name=name: self.use(name))
 
     def use(self, name: str | None) -> None:
         """Bring this network to the device, all others that are not resident having left it."""
@@ -168,7 +190,9 @@ class Residency:
                 self.networks[name].leave()
                 self.networks[name].mode = mode
         stay = [network for name, network in self.networks.items() if modes[name] is Mode.RESIDENT]
-        size = sum(network.source.nbytes(name) for network in stay for name in network.shapes if not network.here)
+        size = sum(
+            network.source.nbytes(name) for network in stay for name in network.source.shapes if not network.here
+        )
         if size:
             with tqdm(total=size, desc="load", unit="B", unit_scale=True, disable=None, leave=False) as bar:
                 for network in stay:

@@ -8,13 +8,17 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import NoReturn, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, NoReturn, get_args, get_origin, get_type_hints
 
 from tqdm import tqdm
 
 from mmdit.output import Saver, check_writable, is_file, save_images, sweep, whole_file
 from mmdit.prompts import Folders, read_prompts, told_at
 from mmdit.settings import Settings, SettingsError
+
+if TYPE_CHECKING:
+    from mmdit.memory import Plan
+    from mmdit.pipeline import Pipeline
 
 
 class Parser(argparse.ArgumentParser):
@@ -73,6 +77,7 @@ def draw(settings: Settings) -> None:
     try:
         pipeline = Pipeline.from_settings(settings)
         loaded = time.perf_counter()
+        show_plan(pipeline, pipeline.plan_for(pipeline.check(settings)))
         trace = {} if settings.dump else None
         result = pipeline.run(settings, trace)
         drawn = time.perf_counter()
@@ -111,6 +116,7 @@ def draw_list(settings: Settings) -> None:
             largest = max(pictures, key=lambda s: (s.width or 0) * (s.height or 0))
             pipeline = Pipeline.from_settings(largest, parts)
             seconds["load"] = time.perf_counter() - start - seconds["import"]
+            show_plan(pipeline, pipeline.plan)
             for folder in {path.parent for path in paths}:
                 sweep(folder)
             with Saver(lambda path: tqdm.write(str(path))) as save:
@@ -120,6 +126,12 @@ def draw_list(settings: Settings) -> None:
     except USER_ERRORS as error:
         raise SettingsError(str(error)) from error
     report(seconds, time.perf_counter() - start, len(paths), sum(s.count for s in wanted) - len(paths))
+
+
+def show_plan(pipeline: "Pipeline", plan: "Plan") -> None:
+    """Say what is on the device when, where that was asked for or is not as fast as can be."""
+    if pipeline.settings.memory != "auto" or not (plan.everything_stays or pipeline.device.type == "cpu"):
+        print(f"plan: {plan}")
 
 
 def report(seconds: dict[str, float], whole: float, written: int, skipped: int) -> None:

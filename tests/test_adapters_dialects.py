@@ -292,6 +292,31 @@ def test_peft_folder(toy: Toy, config: dict[str, Any], factor: float, by_file: b
     assert close(change, factor * up_down(tensors, f"base_model.model.{TO_K}"))
 
 
+@pytest.mark.parametrize(
+    ("config", "factor"),
+    [
+        ({"peft_type": "LOHA", "alpha": 8}, 2.0),
+        ({"peft_type": "LOHA", "alpha": 8, "alpha_pattern": {"attn.to_k": 2}, "r": 9}, 0.5),
+        ({"peft_type": "LOKR", "alpha": 8, "r": 16}, 0.5),  # the rank of two whole factors stands here alone
+        ({"peft_type": "LOKR", "alpha": 8, "r": 16, "rank_pattern": {"to_k": 2}}, 4.0),
+        ({"peft_type": "LOKR", "alpha": 8}, 1.0),
+    ],
+)
+def test_peft_folder_of_lycoris_kinds(toy: Toy, config: dict[str, Any], factor: float) -> None:
+    if config["peft_type"] == "LOKR":
+        factors = {"lokr_w1": noise(8, 8), "lokr_w2": noise(16, 16)}
+        expected = torch.kron(factors["lokr_w1"].double(), factors["lokr_w2"].double())
+    else:
+        sizes = {"w1_a": (WIDTH, 4), "w1_b": (4, WIDTH), "w2_a": (WIDTH, 4), "w2_b": (4, WIDTH)}
+        factors = {f"hada_{n}": noise(*size, seed=n) for n, size in sizes.items()}
+        a1, b1, a2, b2 = (t.double() for t in factors.values())
+        expected = (a1 @ b1) * (a2 @ b2)
+    path = toy.write({f"base_model.model.{TO_K}.{role}": t for role, t in factors.items()}, "folder/adapter_model")
+    (path.parent / "adapter_config.json").write_text(json.dumps(config))
+    toy.adapters.add(path.parent)
+    assert close(toy.changed()["transformer", f"{QKV}.weight"][K_ROWS], factor * expected)
+
+
 @pytest.mark.parametrize("prefix", ["transformer.", ""])
 def test_diffusers_metadata(toy: Toy, prefix: str) -> None:
     """Its alpha counts before one beside the tensors; another part's does not count here."""

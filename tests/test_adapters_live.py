@@ -21,7 +21,7 @@ from benchmarks.random_checkpoint import write_checkpoint
 from mmdit.pipeline import Pipeline
 from mmdit.run import main
 from mmdit.settings import Settings, SettingsError, split_lora
-from weights import CheckpointError
+from weights import CheckpointError, Source
 from weights.keymap import TRANSFORMER, revert, to_diffusers
 
 DEFAULTS = {"width": 32, "height": 32, "steps": 1, "cfg": 2.0, "t5_length": 8}
@@ -131,6 +131,36 @@ def test_merged_weights_are_those_of_peft(tmp_path: Path, options: dict[str, Any
         theirs = theirs.merge_and_unload()
     report = toy.adapters.add(tmp_path / "folder")
     assert len(report.applied) == 4 + 1 + 3 + 1 + 5
+    for name, tensor in theirs.state_dict().items():
+        torch.testing.assert_close(toy.weight(name), tensor, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("LoHaConfig", {}),
+        ("LoHaConfig", {"use_effective_conv2d": True, "alpha_pattern": {"attn.qkv": 3, r".*\.mlp\.fc1": 5}}),
+        ("LoKrConfig", {}),
+        ("LoKrConfig", {"decompose_both": True, "decompose_factor": 4, "use_effective_conv2d": True}),
+        ("LoKrConfig", {"r": 500}),  # both factors whole: the rank is nowhere but in the configuration
+        ("LoKrConfig", {"r": 500, "rank_pattern": {"attn.qkv": 4, "mlp.fc1": 300}}),
+    ],
+)
+def test_merged_lycoris_weights_are_those_of_peft(tmp_path: Path, kind: str, options: dict[str, Any]) -> None:
+    peft = pytest.importorskip("peft", reason="not needed otherwise")
+    toy = Toy(tmp_path, "transformer")
+    names = ["attn.qkv", "attn2.proj", "mlp.fc1", "x_embedder.proj"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = getattr(peft, kind)(**{"r": 4, "alpha": 16, "target_modules": names, **options})
+        theirs = peft.get_peft_model(copy.deepcopy(toy.modules["transformer"]), config)
+        for name, parameter in theirs.named_parameters():
+            if "hada_" in name or "lokr_" in name:
+                parameter.data = noise(*parameter.shape, seed=name)
+        theirs.save_pretrained(tmp_path / "folder")
+        theirs = theirs.merge_and_unload()
+    report = toy.adapters.add(tmp_path / "folder")
+    assert len(report.applied) == 4 + 1 + 3 + 1
     for name, tensor in theirs.state_dict().items():
         torch.testing.assert_close(toy.weight(name), tensor, rtol=1e-5, atol=1e-5)
 
@@ -245,7 +275,7 @@ def test_a_wrong_adapter_is_found_before_the_weights_are_read(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_file(lora("lora_unet_double_blocks_0_x", 8, 8), tmp_path / "flux.safetensors")
-    monkeypatch.setattr("mmdit.loading.fill", lambda *_: pytest.fail("the weights were read"))
+    monkeypatch.setattr(Source, "original", lambda *_: pytest.fail("the weights were read"))
     with pytest.raises(CheckpointError, match="an adapter for FLUX"):
         load(model, lora=[str(tmp_path / "flux.safetensors")])
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from weights.__main__ import main
 from weights.adapters import Adapters
 from weights.convert import FP8, _ordered, _pieces, convert, rounded, split_scale
 from weights.inspect import inspect
+from weights.published import PREFIXES
 
 LAYOUTS = ("diffusers", "single-file")
 PROJECTION = "text_projection.weight"
@@ -134,6 +136,47 @@ def test_from_gguf(toys: Path, tmp_path: Path) -> None:
     out = convert(tmp_path / "in", tmp_path / "out", "diffusers", "bf16")
     expected = {name: tensor.bfloat16() for name, tensor in values(tmp_path / "in", "transformer").items()}
     check_tensors(open_checkpoint(out).component("transformer"), expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_from_separate_parts(toys: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], layout: str) -> None:
+    """Each in the place of what the source brings, which here is its negative."""
+    stored = load_file(toys / "file.safetensors")
+    native = {part: {name.removeprefix(PREFIXES[part]): tensor for name, tensor in stored.items()
+                     if name.startswith(PREFIXES[part])} for part in PARTS}  # fmt: skip
+    files = {
+        option: str(write(tmp_path / part, native[part]))
+        for part, option in (("clip_l", "--clip-l"), ("clip_g", "--clip-g"), ("t5", "--t5xxl"), ("vae", "--vae"))
+    }
+    source = write(tmp_path / "in", {name: t if name.startswith(PREFIXES["transformer"]) else -t
+                                     for name, t in stored.items()})  # fmt: skip
+    words = [word for pair in files.items() for word in pair]
+    assert main(["convert", str(source), str(tmp_path / "out"), "--layout", layout, "--dtype", "fp32", *words]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'out'}\n"
+    whole = convert(toys / "file.safetensors", tmp_path / "whole", layout, "fp32")
+    checkpoint = open_checkpoint(tmp_path / "out")
+    assert checkpoint.components == PARTS
+    for part in PARTS:
+        check_tensors(checkpoint.component(part), values(whole, part))
+    wrong = ["--layout", layout, "--dtype", "fp32", "--vae", files["--t5xxl"]]
+    assert main(["convert", str(source), str(tmp_path / "no"), *wrong]) == 2
+    assert capsys.readouterr().err == f"error: {files['--t5xxl']}: a T5 text encoder; expected a VAE\n"
+
+
+def test_from_the_hub(toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All parts are fetched but those that are given, and tokenizers where they have a place."""
+    asked = []
+
+    def fetch(model: str, parts: Sequence[str], tokenizers: Sequence[str]) -> Path:
+        asked.append((model, tuple(parts), tuple(tokenizers)))
+        return toys / "folder"
+
+    monkeypatch.setattr("weights.hub.fetch", fetch)
+    out = convert("someone/model", tmp_path / "a", "diffusers", "fp32")
+    convert("someone/model", tmp_path / "b", "single-file", "fp32", parts={"vae": toys / "file.safetensors"})
+    words = ("tokenizer", "tokenizer_2", "tokenizer_3")
+    assert asked == [("someone/model", PARTS, words), ("someone/model", (PARTS[0], *PARTS[2:]), ())]
+    check_tensors(open_checkpoint(out).component("t5"), values(toys / "folder", "t5"))
 
 
 def test_what_is_not_there_stays_away(tmp_path: Path) -> None:

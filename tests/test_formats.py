@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from layout_rows import both_embeddings
 from layouts import PARTS, Tensors, check_tensors, joined, small, small_tensors, toy_parts, write
 from manifests import golden, manifest, meta, shapes
 from safetensors.torch import load_file
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from mmdit.config import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM, MMDiTConfig
 from mmdit.defaults import default_settings
 from mmdit.model import MMDiT
-from weights import CheckpointError, open_checkpoint
+from weights import CheckpointError, open_checkpoint, published
 from weights.kinds import networks
 from weights.published import PREFIXES
 
@@ -79,17 +80,19 @@ def test_half_precision_is_kept_as_it_is(parts: dict[str, Tensors], tmp_path: Pa
 
 
 def test_diffusers_single_file_loader_reads_the_same(folder: Path, parts: dict[str, Tensors], tmp_path: Path) -> None:
-    """Its transformer and autoencoder out of our single file, against the folder's own."""
-    from diffusers import AutoencoderKL, SD3Transformer2DModel
+    """Every network out of our single file, against the folder's own."""
+    from diffusers import StableDiffusion3Pipeline
 
-    file = write(tmp_path / "file.safetensors", joined({part: parts[part] for part in ("transformer", "vae")}))
-    for kind, part in ((SD3Transformer2DModel, "transformer"), (AutoencoderKL, "vae")):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            theirs = kind.from_single_file(str(file), config=str(folder), subfolder=part, local_files_only=True)
-        stored = load_file(folder / part / "diffusion_pytorch_model.safetensors")
-        state = theirs.state_dict()
-        assert set(state) == set(stored)
+    # The embedding twice, as published.
+    file = write(tmp_path / "file.safetensors", joined({**parts, "t5": both_embeddings(parts["t5"])}))
+    none = {"tokenizer": None, "tokenizer_2": None, "tokenizer_3": None}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = StableDiffusion3Pipeline.from_single_file(str(file), config=str(folder), local_files_only=True, **none)
+    for part, place in published.FOLDERS.items():
+        stored = load_file(folder / place / f"{published.STEMS[part]}.safetensors")
+        state = getattr(theirs, place).state_dict()
+        assert set(state) - {"encoder.embed_tokens.weight"} == set(stored)
         assert all(torch.equal(state[name], tensor) for name, tensor in stored.items())
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from layout_rows import shard
 from layouts import PARTS, Tensors, check_tensors, toy_parts, write
 from safetensors.torch import load_file
 
@@ -31,19 +32,6 @@ def folder(toy: tuple[Path, dict[str, Tensors]], tmp_path: Path) -> Path:
     return Path(shutil.copytree(toy[0], tmp_path / "folder"))
 
 
-def shard(folder: Path, stem: str, variant: str, index: str, count: int = 3) -> None:
-    """Cut the component's one file into shards with an index of this name."""
-    tensors = load_file(folder / f"{stem}.safetensors")
-    (folder / f"{stem}.safetensors").unlink()
-    weight_map = {}
-    for i in range(count):
-        name = f"{stem}{variant}-{i + 1:05d}-of-{count:05d}.safetensors"
-        own = dict(list(tensors.items())[i::count])
-        write(folder / name, own)
-        weight_map |= dict.fromkeys(own, name)
-    (folder / index).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
-
-
 @pytest.mark.parametrize("variant", ["", ".fp16", ".bf16"])
 @pytest.mark.parametrize("spelling", ["whole", "{0}.safetensors.index{1}.json", "{0}{1}.safetensors.index.json"])
 def test_variants_and_shards(toy: tuple[Path, dict[str, Tensors]], folder: Path, variant: str, spelling: str) -> None:
@@ -53,7 +41,9 @@ def test_variants_and_shards(toy: tuple[Path, dict[str, Tensors]], folder: Path,
         if spelling == "whole":
             (place / f"{stem}.safetensors").rename(place / f"{stem}{variant}.safetensors")
         else:
-            shard(place, stem, variant, spelling.format(stem, variant))
+            tensors = load_file(place / f"{stem}.safetensors")
+            (place / f"{stem}.safetensors").unlink()
+            shard(place, stem, variant, spelling, tensors)
     checkpoint = open_checkpoint(folder)
     for part in PARTS:
         check_tensors(checkpoint.component(part), toy[1][part])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forms import E4M3, E5M2, scaled, unscaled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import Tensors, check_tensors, loads_right_or_refuses, toy_parts, write
@@ -15,9 +16,6 @@ from manifests import golden, manifest
 
 from mmdit.loading import build
 from weights import CheckpointError, Component, fill, open_checkpoint
-
-E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-WORDS = {E4M3: "float8_e4m3fn", E5M2: "float8_e5m2"}
 
 
 @pytest.fixture(scope="module")
@@ -99,39 +97,6 @@ def test_a_model_all_in_plain_fp8(toy: dict[str, Tensors], tmp_path: Path, dtype
 
 
 # ---- scales --------------------------------------------------------------------------------------
-
-
-def scaled(tensors: Tensors, style: str, dtype: torch.dtype = E4M3, prefix: str = "") -> tuple[Tensors, dict[str, str]]:
-    """Every linear layer in fp8 with a scale of its own, biases in fp8 without, in one of three styles; metadata."""
-    stored, layers = {}, {}
-    for i, (name, tensor) in enumerate(tensors.items()):
-        layer, _, leaf = name.rpartition(".")
-        stored[prefix + name] = tensor.to(dtype) if leaf == "bias" else tensor.half()
-        if leaf == "weight" and tensor.ndim == 2:
-            scale = torch.tensor(0.01 * (i + 1))
-            stored[prefix + name] = (tensor / scale).to(dtype)
-            note = {"format": WORDS[dtype]}
-            stored[prefix + layer + (".scale_weight" if style == "older" else ".weight_scale")] = scale
-            stored[prefix + layer + (".scale_input" if style == "older" else ".input_scale")] = torch.tensor(3.0)
-            if style == "notes":
-                text = json.dumps(note | {"full_precision_matrix_mult": True}).encode()
-                stored[f"{prefix}{layer}.comfy_quant"] = torch.tensor(list(text), dtype=torch.uint8)
-            layers[prefix + layer] = note
-    if style == "older":
-        stored[prefix + "scaled_fp8"] = torch.empty(0, dtype=dtype)
-    text = json.dumps({"format_version": "1.0", "layers": layers})
-    return stored, {"_quantization_metadata": text} if style == "metadata" else {}
-
-
-def unscaled(stored: Tensors, prefix: str = "") -> Tensors:
-    """What the weights come to: a product where there is a scale."""
-    result = {}
-    for key, tensor in stored.items():
-        layer, _, leaf = key.rpartition(".")
-        if leaf in ("weight", "bias", "pos_embed") or key == prefix + "pos_embed":
-            scale = stored.get(layer + ".scale_weight", stored.get(layer + ".weight_scale"))
-            result[key.removeprefix(prefix)] = tensor.float() * (scale if leaf == "weight" and scale is not None else 1)
-    return result
 
 
 @pytest.mark.parametrize("style", ["older", "notes", "metadata", "bare"])

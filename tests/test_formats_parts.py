@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from forms import open_clip
+from layout_rows import old_vae
 from layouts import PARTS, Tensors, check_tensors, joined, small_tensors, toy_parts, write
 from manifests import golden, shapes
 from safetensors.torch import load_file
@@ -67,13 +69,9 @@ def test_an_autoencoder_of_diffusers_names(toy: Toy, tmp_path: Path) -> None:
     file = toy.folder / "vae" / "diffusion_pytorch_model.safetensors"
     assert len(load_file(file)) == len(toy.parts["vae"])
     check_tensors(open_checkpoint(toy.files["transformer"], {"vae": file}).component("vae"), toy.parts["vae"])
-    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-    renamed = {}
-    for name, tensor in load_file(file).items():
-        for new, before in old.items():
-            name = name.replace(f"attentions.0.{new}.", f"attentions.0.{before}.")
-        renamed[name] = tensor
-    component = open_checkpoint(toy.files["transformer"], {"vae": write(tmp_path / "old", renamed)}).component("vae")
+    component = open_checkpoint(
+        toy.files["transformer"], {"vae": write(tmp_path / "old", old_vae(toy.parts["vae"]))}
+    ).component("vae")
     check_tensors(component, toy.parts["vae"])
     flat = {
         name: tensor.flatten(1) if ".attn_1." in name and tensor.ndim == 4 else tensor
@@ -81,33 +79,6 @@ def test_an_autoencoder_of_diffusers_names(toy: Toy, tmp_path: Path) -> None:
     }
     component = open_checkpoint(toy.files["transformer"], {"vae": write(tmp_path / "flat", flat)}).component("vae")
     check_tensors(component, toy.parts["vae"])
-
-
-def open_clip(native: Tensors) -> Tensors:
-    """A CLIP in OpenCLIP's layout: q, k, v as one, the projection transposed. Written out, layer by layer."""
-    text = "text_model."
-    result = {
-        "positional_embedding": native[text + "embeddings.position_embedding.weight"],
-        "token_embedding.weight": native[text + "embeddings.token_embedding.weight"],
-        "ln_final.weight": native[text + "final_layer_norm.weight"],
-        "ln_final.bias": native[text + "final_layer_norm.bias"],
-        "logit_scale": torch.ones(()),
-        "attn_mask": torch.zeros(77, 77),
-        "visual.transformer.resblocks.0.attn.in_proj_weight": torch.zeros(3, 1),
-    }
-    if "text_projection.weight" in native:
-        result["text_projection"] = native["text_projection.weight"].T
-    layers = {name.split(".")[3] for name in native if ".layers." in name}
-    pairs = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
-             "self_attn.out_proj": "attn.out_proj"}  # fmt: skip
-    for layer in layers:
-        ours, theirs = f"{text}encoder.layers.{layer}.", f"transformer.resblocks.{layer}."
-        for end in ("weight", "bias"):
-            for one, other in pairs.items():
-                result[f"{theirs}{other}.{end}"] = native[f"{ours}{one}.{end}"]
-            thirds = [native[f"{ours}self_attn.{letter}_proj.{end}"] for letter in "qkv"]
-            result[f"{theirs}attn.in_proj_{end}"] = torch.cat(thirds)
-    return result
 
 
 @pytest.mark.parametrize("part", ["clip_l", "clip_g"])

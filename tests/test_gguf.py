@@ -5,27 +5,30 @@ import struct
 import sys
 import time
 import tracemalloc
-from collections.abc import Mapping
+import warnings
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import torch
+from forms import decoded, llama_cpp, mixed, write_gguf
 from gguf import GGMLQuantizationType as Type
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import PARTS, Tensors, check_tensors, joined, loads_right_or_refuses, toy_parts, write
 from manifests import golden, manifest
 from safetensors.torch import load_file
-from torch import Tensor
 
+from benchmarks import quantise
 from benchmarks.emoji.tokenizers import write_tokenizers
+from benchmarks.quantise import coded
 from benchmarks.random_checkpoint import write_checkpoint
 from mmdit import Pipeline
 from mmdit.loading import build
 from weights import CheckpointError, fill, open_checkpoint
 from weights.gguf import GGUFFile
+from weights.keymap import TRANSFORMER, revert, to_diffusers
 from weights.published import PREFIXES
 
 DECODED = [t for t in Type if t.name.startswith(("Q", "IQ", "TQ", "MXFP", "NVFP", "BF16", "F16", "F32"))]
@@ -36,45 +39,6 @@ MARK = "joint_blocks.0.context_block.attn.qkv.weight"
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensors]:
     return toy_parts(tmp_path_factory.mktemp("toy") / "folder")
-
-
-def coded(tensor: Tensor, kind: Type) -> np.ndarray:
-    """The tensor's numbers in this type, by the package."""
-    return gguf.quants.quantize(tensor.float().numpy(), kind)
-
-
-def write_gguf(
-    path: Path, tensors: Mapping[str, tuple[np.ndarray, Type]], arch: str = "sd3", shapes: Mapping[str, list[int]] = {}
-) -> Path:  # fmt: skip
-    """A GGUF file by the package's writer; shapes: for `comfy.gguf.orig_shape`."""
-    writer = gguf.GGUFWriter(path, arch)
-    writer.add_array("tokenizer.ggml.tokens", ["a", "of", "the"])
-    writer.add_array("numbers", [1.5, 2.5])
-    for name, shape in shapes.items():
-        writer.add_array(f"comfy.gguf.orig_shape.{name}", shape)
-    for name, (codes, kind) in tensors.items():
-        writer.add_tensor(name, codes, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def mixed(tensors: Tensors, kind: Type = Type.Q8_0, rest: Type = Type.F16) -> dict[str, tuple[np.ndarray, Type]]:
-    """As published: matrices of the blocks in `kind`, all else in `rest`."""
-    block = gguf.GGML_QUANT_SIZES[kind][0]
-
-    def kind_of(name: str, tensor: Tensor) -> Type:
-        inside = "joint_blocks." in name or "blk." in name or ".block." in name
-        return kind if inside and tensor.ndim == 2 and tensor.shape[1] % block == 0 else rest
-
-    chosen = {name: kind_of(name, tensor) for name, tensor in tensors.items()}
-    return {name: (coded(tensor, chosen[name]), chosen[name]) for name, tensor in tensors.items()}
-
-
-def decoded(stored: Mapping[str, tuple[np.ndarray, Type]]) -> Tensors:
-    return {name: torch.from_numpy(gguf.quants.dequantize(codes, kind)) for name, (codes, kind) in stored.items()}
 
 
 def refusal(path: Path) -> str:
@@ -170,6 +134,28 @@ def test_transformers(toy: dict[str, Tensors], tmp_path: Path, prefix: str, rest
     assert all(torch.equal(tensor, expected[name].bfloat16()) for name, tensor in module.state_dict().items())
 
 
+def test_diffusers_reads_the_same_file(toy: dict[str, Tensors], tmp_path: Path) -> None:
+    """Its single-file loader; it decodes Q8_0 into float16, one rounding from ours."""
+    pytest.importorskip("accelerate", reason="diffusers reads GGUF with it")
+    from diffusers import GGUFQuantizationConfig, SD3Transformer2DModel
+    from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor
+
+    toy_parts(tmp_path / "folder")
+    path = write_gguf(tmp_path / "file.gguf", mixed(toy["transformer"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = SD3Transformer2DModel.from_single_file(
+            str(path), config=str(tmp_path / "folder"), subfolder="transformer", local_files_only=True,
+            quantization_config=GGUFQuantizationConfig(compute_dtype=torch.float32),
+        ).state_dict()  # fmt: skip
+    component = open_checkpoint(path).component("transformer")
+    entries = to_diffusers(component.shapes, TRANSFORMER)
+    assert set(entries) == set(theirs)
+    for name, entry in entries.items():
+        ours = revert(entry, component.read(entry.sources[0]))
+        assert torch.equal(dequantize_gguf_tensor(theirs[name]).half(), ours.half()), name
+
+
 def test_position_tables(toy: dict[str, Tensors], tmp_path: Path) -> None:
     """With its leading one, without, and reshaped with the true shape beside it."""
     table = toy["transformer"]["pos_embed"].half()
@@ -206,21 +192,16 @@ def test_all_parts_with_prefixes(toy: dict[str, Tensors], tmp_path: Path) -> Non
         check_tensors(checkpoint.component(part), expected)
 
 
-def llama_cpp(native: Tensors) -> Tensors:
-    """T5 under llama.cpp's names, written out by the words they are made of."""
-    words = {
-        "encoder.block.": "enc.blk.", "layer.0.SelfAttention.relative_attention_bias": "attn_rel_b",
-        "layer.0.SelfAttention.": "attn_", "layer.0.layer_norm": "attn_norm", "layer.1.layer_norm": "ffn_norm",
-        "layer.1.DenseReluDense.wi_0": "ffn_gate", "layer.1.DenseReluDense.wi_1": "ffn_up",
-        "layer.1.DenseReluDense.wo": "ffn_down", "shared": "token_embd",
-        "encoder.final_layer_norm": "enc.output_norm",
-    }  # fmt: skip
-    result = {}
-    for name, tensor in native.items():
-        for ours, theirs in words.items():
-            name = name.replace(ours, theirs)
-        result[name] = tensor
-    return result
+@pytest.mark.parametrize("part", ["transformer", "t5"])
+def test_quantised_tensor_by_tensor(toy: dict[str, Tensors], tmp_path: Path, part: str) -> None:
+    """By the program that makes files of any size: what the package makes of each tensor, in the published types."""
+    base = open_checkpoint(write(tmp_path / "base", joined(toy)))
+    quantise.quantise(base.component(part), tmp_path / "file", Type.Q8_0)
+    kinds = {name: quantise.kind_of(name, tuple(tensor.shape), Type.Q8_0) for name, tensor in toy[part].items()}
+    assert set(kinds.values()) == {Type.Q8_0, Type.BF16, Type.F32}
+    expected = decoded({name: (coded(tensor, kinds[name]), kinds[name]) for name, tensor in toy[part].items()})
+    parts = {"t5": tmp_path / "file"} if part == "t5" else {}
+    check_tensors(open_checkpoint(tmp_path / ("base" if parts else "file"), parts).component(part), expected)
 
 
 @pytest.mark.parametrize("naming", ["llama.cpp", "transformers"])

@@ -1,7 +1,6 @@
 """What a file is: every kind told from its header, published sizes as sparse files, damage refused on one line."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +18,19 @@ from mmdit.config import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM, MMDiTConfig
 from mmdit.model import MMDiT
 from weights import CheckpointError
 from weights.__main__ import main
+from weights.header import DTYPES
 from weights.inspect import inspect
 from weights.published import PREFIXES
 from weights.report import report
 
-WIDTHS = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "U8": 1}
 Entries = dict[str, tuple[str, tuple[int, ...]]]  # {name: (dtype, shape)}
 LORA = "lora_unet_joint_blocks_0_x_block_attn_qkv"
 
 
 def sparse(path: Path, entries: Entries, metadata: dict[str, str] | None = None) -> Path:
     """A safetensors file of published size whose tensors are a hole: whoever reads them is slow."""
-    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    end = 0
-    for name, (word, shape) in entries.items():
-        begin, end = end, end + math.prod(shape) * WIDTHS[word]
-        header[name] = {"dtype": word, "shape": shape, "data_offsets": [begin, end]}
-    raw = json.dumps(header).encode()
-    with path.open("wb") as file:
-        file.write(len(raw).to_bytes(8, "little") + raw)
-        file.truncate(8 + len(raw) + end)
-    return path
+    tensors = {name: torch.empty(shape, dtype=DTYPES[word], device="meta") for name, (word, shape) in entries.items()}
+    return write(path, tensors, metadata)
 
 
 def entries(part: str, word: str = "F16", prefix: str = "") -> Entries:

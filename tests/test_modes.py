@@ -71,9 +71,11 @@ def test_running_out_of_device_memory_is_the_users_error(folder: Path, monkeypat
     def fail(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(pipeline.vae, "decode", fail)
+    monkeypatch.setattr("mmdit.pipeline.decode_in_strips", fail)
     with (
-        pytest.warns(UserWarning, match=r"^decode: memory ran out; trying again with less: peak .*streamed"),
+        pytest.warns(
+            UserWarning, match=r"^decode: memory ran out; trying again with less: .* in strips of \d+ latent rows"
+        ),
         pytest.raises(ValueError, match=r"^decode: the device's memory does not suffice; try --t5 off"),
     ):
         pipeline("a horse")

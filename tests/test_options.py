@@ -29,6 +29,7 @@ prompt None what
 --t5 'on' on,off,omit
 --t5-length None N
 --dtype 'auto' auto,bf16,fp16,fp32
+--quantise 'none' none,int8,fp8
 --device 'auto' auto,cpu,cuda,mps
 --memory 'auto' SIZE
 --out 'out' FILE|FOLDER

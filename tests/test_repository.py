@@ -1,13 +1,18 @@
 """What holds for the repository as a whole."""
 
 import ast
+import itertools
 import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+from adapter_rows import DIALECTS, KINDS
+from layout_rows import ROWS
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("mmdit", "samplers", "text_encoders", "vae", "weights")
@@ -73,3 +78,34 @@ def test_readme_names_every_file_of_the_tree() -> None:
 @pytest.mark.parametrize("link", re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text(encoding="utf-8")))
 def test_readme_links_lead_somewhere(link: str) -> None:
     assert link.startswith("https://") or (ROOT / link).exists()
+
+
+def table(heading: str) -> list[list[str]]:
+    """The cells of the README's table whose first column has this heading."""
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {heading} |"))
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines[start + 2 :])
+    return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows]
+
+
+# What is no way of writing the same file again: formats of single tensors, a place, other kinds, what does not load.
+OTHER_ROWS = ("GGUF: every type", "Hugging Face id", "PEFT folder: LoHa", "refused by name: ")
+
+
+@pytest.mark.parametrize(("heading", "rows"), [("layout", ROWS), ("dialect", DIALECTS), ("kind", KINDS)])
+def test_readme_lists_what_is_tested_and_no_more(heading: str, rows: Sequence[Any]) -> None:
+    named = [cells[0] for cells in table(heading)]
+    assert len(named) == len(set(named))
+    assert {name for name in named if not name.startswith(OTHER_ROWS)} == {row.name for row in rows}
+    for cells in table(heading):
+        assert "::" in cells[-1], cells[0]
+
+
+def test_tests_that_the_readme_names_are_there() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", readme)
+    assert len(named) > 50
+    for file, function in named:
+        tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
+        functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        assert function in functions or not function, f"{file}::{function}"

@@ -1,5 +1,6 @@
 """Loading: the name map against facts, and two layouts that give the same tensors."""
 
+import io
 import json
 import shutil
 import warnings
@@ -13,6 +14,7 @@ from torch import nn
 
 from benchmarks.random_checkpoint import draw, main, write_checkpoint
 from mmdit.config import SD35_MEDIUM, TOY
+from mmdit.loading import build
 from mmdit.model import MMDiT
 from text_encoders.clip import CLIP_G, CLIP_L, CLIPTextEncoder
 from text_encoders.t5 import T5_XXL, T5Encoder
@@ -276,6 +278,48 @@ def test_unused_t5_is_never_opened(folder: Path) -> None:
     fill(meta(MMDiT, TOY), checkpoint.component("transformer"))
     with pytest.raises(CheckpointError, match="pickles are never opened"):
         checkpoint.component("t5")
+
+
+def test_opening_reads_headers_only(toys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every part, in one file, in a folder and in shards: as many bytes as the headers have, and no tensor."""
+    read: dict[Path, int] = {}
+
+    class Counted(io.FileIO):
+        def read(self, size: int = -1) -> bytes:
+            content = super().read(size)
+            path = Path(str(self.name))
+            read[path] = read.get(path, 0) + len(content)
+            return content
+
+    opened = Path.open
+    monkeypatch.setattr(Path, "open", lambda path, mode="r", **more: Counted(path) if mode == "rb" else
+                        opened(path, mode, **more))  # fmt: skip
+    monkeypatch.setattr("weights.component.open_file", lambda path: pytest.fail(f"{path} was opened for its tensors"))
+    for name in ("file.safetensors", "folder", "sharded"):
+        checkpoint = open_checkpoint(toys / name)
+        for part in PARTS:
+            assert checkpoint.component(part).shapes
+            build(checkpoint.component(part))
+    for path, count in read.items():
+        header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+        assert count % header in (0, 4), path  # once or more, and four bytes that tell GGUF
+        assert count < path.stat().st_size
+    assert len(read) > 8
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_bfloat16_file_is_the_model(tmp_path: Path, dtype: torch.dtype | None) -> None:
+    """Filled from the map without a copy, but for what the layout stores in another form."""
+    toy = write_checkpoint(tmp_path / "toy", dtype="bf16", **SMALL)
+    single = write_checkpoint(tmp_path / "file", layout="single-file", dtype="bf16", **SMALL)
+    for path in (toy, single):
+        checkpoint = open_checkpoint(path)
+        for part in PARTS:
+            component = checkpoint.component(part)
+            state = fill(build(component), component, dtype).state_dict()
+            copied = {name for name, t in state.items() if t.data_ptr() != component.read(name).data_ptr()}
+            made = {name for name in copied if name.endswith(("qkv.weight", "qkv.bias")) or "adaLN_modulation" in name}
+            assert copied == (made if path == toy and part == "transformer" else set()), part
 
 
 def test_copied_tensors_are_views_of_the_file(toys: Path) -> None:

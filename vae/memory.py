@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from vae.autoencoder import VAEConfig
-from vae.strips import strips
+from vae.strips import CACHED, strips
 
 
 class Peak(NamedTuple):
@@ -45,7 +45,9 @@ def rows_for(
 
 def peak(config: VAEConfig, h: int, w: int, rows: int | None, dtype: torch.dtype) -> Peak:
     """All three peaks of `decode_peak`'s arguments."""
-    moments = list(_plain(config, h, w) if rows is None or rows >= h else _in_strips(config, h, w, rows))
+    moments = list(
+        _plain(config, h, w) if rows is None or rows >= h else _in_strips(config, h, w, rows, dtype.itemsize)
+    )
     device = max(m.made + m.loaded for m in moments)
     store = max(m.store for m in moments)
     together = max(m.made + m.store for m in moments)
@@ -94,7 +96,7 @@ def _plain(config: VAEConfig, h: int, w: int) -> Iterator[Moment]:
     yield Moment((2 * width + config.image_channels) * size)
 
 
-def _in_strips(config: VAEConfig, h: int, w: int, rows: int) -> Iterator[Moment]:
+def _in_strips(config: VAEConfig, h: int, w: int, rows: int, itemsize: int) -> Iterator[Moment]:
     yield _middle(config, h, w)
     held = config.block_out_channels[-1] * h * w  # numbers of the map that a block begins with, in the store
     yield Moment(held, 0, held)
@@ -103,27 +105,33 @@ def _in_strips(config: VAEConfig, h: int, w: int, rows: int) -> Iterator[Moment]
         store = held + after * size
         room = after * size if after > before else 0  # for a sum that does not fit into the input's place
         for own, seen, made in _extents(scale * h, scale * rows):
-            yield from _filtered(before * seen * columns, after * made * columns, store)
-            yield from _filtered(after * seen * columns, after * made * columns, store + room)
-            shortcut = after * own if after != before else 0
-            yield Moment((after * made + shortcut) * columns, before * own * columns, store + room)
+            result = after * made * columns
+            yield from _filtered(before, seen, columns, result, store, itemsize)
+            yield from _filtered(after, seen, columns, result, store + room, itemsize)
+            shortcut = after * own * columns if after != before else 0
+            yield Moment(result + shortcut, before * own * columns, store + room)
         held = max(held, after * size) if not room else after * size
         if doubles:
             store = held + 4 * after * size
+            kernels = 16 * after**2
+            yield Moment(kernels + 29 * after**2 * max(4 // itemsize, 1), 0, store)  # the sums, from float32
             for own, seen, made in _extents(scale * h, scale * rows):
-                yield Moment(4 * after * seen * columns, after * seen * columns, store)
-                yield Moment((4 * seen + 2 * (own + made)) * after * columns, 0, store)
+                edge = 0 if made == own else (own + 2) * columns  # the strip again, with zeros beyond the edge
+                work = edge + 4 * own * columns + own * (columns + 1)
+                yield Moment(kernels + work * after, seen * after * columns if not edge else 0, store)
             held = 4 * after * size
     width, columns, size = config.block_out_channels[0], config.downscale * w, config.downscale**2 * h * w
     for _, seen, made in _extents(config.downscale * h, config.downscale * rows):
-        for moment in _filtered(width * seen * columns, config.image_channels * made * columns, held):
+        for moment in _filtered(width, seen, columns, config.image_channels * made * columns, held, itemsize):
             yield moment._replace(made=moment.made + config.image_channels * size)  # the picture
 
 
-def _filtered(before: int, after: int, store: int) -> Iterator[Moment]:
-    """Norm, SiLU and convolution of a strip."""
-    yield Moment(before, before, store)
-    yield Moment(before + after, 0, store)
+def _filtered(channels: int, rows: int, columns: int, result: int, store: int, itemsize: int) -> Iterator[Moment]:
+    """Norm, SiLU and convolution of a strip; of fewer than four bytes, some rows twice in float32."""
+    size, row = rows * channels * columns, channels * columns
+    exact = 0 if itemsize >= 4 else 2 * (4 // itemsize) * row * min(max(CACHED // row, 1), rows)
+    yield Moment(size + exact, size, store)
+    yield Moment(size + result, 0, store)
 
 
 def _extents(height: int, rows: int) -> set[tuple[int, int, int]]:

@@ -12,8 +12,11 @@ from tqdm import tqdm
 
 from weights.convert import DTYPES, LAYOUTS, convert
 from weights.errors import CheckpointError, one_line
-from weights.inspect import inspect
+from weights.inspect import OPTIONS, inspect
+from weights.kinds import WHAT
 from weights.report import report
+
+SEPARATE = {part: option for part, option in OPTIONS.items() if option != "--model"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -40,7 +43,8 @@ def convert_parser() -> Parser:
         prog="python -m weights convert",
         description="Write a checkpoint in another layout or number format, one tensor after the other.",
     )
-    parser.add_argument("source", metavar="IN", help="diffusers folder, or single .safetensors or .gguf file")
+    parser.add_argument("source", metavar="IN",
+                        help="diffusers folder, single .safetensors or .gguf file, or Hugging Face id")  # fmt: skip
     parser.add_argument("out", metavar="OUT", type=Path, help="new folder (diffusers) or new file (single-file)")
     parser.add_argument("--layout", choices=LAYOUTS, required=True)
     parser.add_argument("--dtype", choices=DTYPES, required=True,
@@ -48,13 +52,17 @@ def convert_parser() -> Parser:
                         "engine and ComfyUI; everything else bf16")  # fmt: skip
     parser.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]",
                         help="adapter to merge, a file or a folder; as often as needed")  # fmt: skip
+    for part, option in SEPARATE.items():
+        parser.add_argument(option, dest=part, type=Path, metavar="FILE", help=f"{WHAT[part]} from this file")
     return parser
 
 
 def run(arguments: Sequence[str]) -> None:
     """Do what the arguments say; CheckpointError where it cannot be done."""
     if arguments[:1] == ["convert"]:
-        print(convert(**vars(convert_parser().parse_args(arguments[1:]))))
+        given = vars(convert_parser().parse_args(arguments[1:]))
+        separate = {part: given.pop(part) for part in SEPARATE}
+        print(convert(**given, parts={part: file for part, file in separate.items() if file is not None}))
         return
     options = inspect_parser().parse_args(arguments)
     found = inspect(options.path)

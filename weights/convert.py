@@ -15,7 +15,7 @@ its readers take for granted, else the conversion is refused: the pictures would
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,13 +23,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from weights import published
+from weights import hub, published
 from weights.adapters.merge import Active, check_scale, merged_tensor, read_changes
 from weights.adapters.plan import make_plan
 from weights.adapters.targets import Lookup
 from weights.checkpoint import Checkpoint, open_checkpoint
 from weights.errors import CheckpointError
-from weights.keymap import TRANSFORMER, VAE, Entry, revert, to_diffusers
+from weights.keymap import TABLES, Entry, revert, to_diffusers
+from weights.kinds import COMPONENTS
+from weights.published import TOKENIZERS
 from weights.write import Item, whole, write_safetensors
 
 LAYOUTS = ("diffusers", "single-file")
@@ -37,7 +39,6 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, 
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0  # of F8_E4M3
 
-_TABLES = {"transformer": TRANSFORMER, "vae": VAE}
 _PROJECTION = "text_projection.weight"
 _NOT_LINEAR = ("shared.", "embed_tokens.", "relative_attention_bias.")  # T5's matrices that are looked up in
 
@@ -64,11 +65,19 @@ class Piece(NamedTuple):
         return sum(item.bytes for item in self.items)
 
 
-def convert(source: str | Path, out: str | Path, layout: str, dtype: str, lora: Sequence[str] = ()) -> Path:
+def convert(
+    source: str | Path,
+    out: str | Path,
+    layout: str,
+    dtype: str,
+    lora: Sequence[str] = (),
+    parts: Mapping[str, Path] | None = None,
+) -> Path:
     """Write the checkpoint `source` to `out`, a new folder or file, and return its path.
 
-    source: what `open_checkpoint` takes; layout: one of LAYOUTS; dtype: one of DTYPES; lora: adapters to merge,
-    FILE_OR_FOLDER[:SCALE]. Warns of what of an adapter does not apply.
+    source: what `open_checkpoint` takes, or a Hugging Face id; layout: one of LAYOUTS; dtype: one of DTYPES; lora:
+    adapters to merge, FILE_OR_FOLDER[:SCALE]; parts: {component: separate file}, each in the place of what the source
+    brings. Warns of what of an adapter does not apply.
 
     Raises ValueError for an unknown layout or dtype; CheckpointError where the input or an adapter cannot be used,
     for what the new layout or dtype cannot hold, and where the disk does not take it: then nothing is left behind.
@@ -79,7 +88,10 @@ def convert(source: str | Path, out: str | Path, layout: str, dtype: str, lora: 
     out = Path(out).expanduser()
     if not out.name:
         raise CheckpointError(f"{out}: is there already: expected a new name")
-    checkpoint = open_checkpoint(source)
+    if hub.is_id(str(source)):
+        tokenizers = TOKENIZERS if layout == "diffusers" else ()
+        source = hub.fetch(str(source), [name for name in COMPONENTS if name not in (parts or {})], tokenizers)
+    checkpoint = open_checkpoint(source, parts)
     values = Values(checkpoint, layout, lora)
     if layout == "single-file":
         _check_taken_for_granted(checkpoint, values)
@@ -211,7 +223,7 @@ def rounded(where: str, tensor: Tensor, dtype: torch.dtype) -> list[Tensor]:
 
 def _pieces(part: str, shapes: dict[str, tuple[int, ...]], layout: str, dtype: str) -> Iterator[Piece]:
     """Every tensor of a component in the new layout."""
-    table = _TABLES.get(part) if layout == "diffusers" else None
+    table = TABLES.get(part) if layout == "diffusers" else None
     entries = to_diffusers(shapes, table) if table else {name: Entry((name,), "copy") for name in shapes}
     if part == "t5" and layout == "single-file" and "shared.weight" in shapes:
         entries["encoder.embed_tokens.weight"] = Entry(("shared.weight",), "copy")  # the published file has it twice

@@ -145,6 +145,9 @@ VAE = Table(
     native_counts=("decoder.up.", "decoder.up.0.block."),
 )
 
+# Of the two networks whose names differ between diffusers and Stability.
+TABLES: dict[str, Table] = {"transformer": TRANSFORMER, "vae": VAE}
+
 
 def module_map(table: Table, blocks: int, layers: int = 1) -> dict[str, Entry]:
     """{native module name: Entry of diffusers module names} for `blocks` blocks of `layers` layers."""

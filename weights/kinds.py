@@ -66,6 +66,7 @@ _CLIP_DEPTHS = {12: "clip_l", 24: "clip_h", 32: "clip_g"}
 
 _OTHER_MODEL = "this engine runs Stable Diffusion 3 and 3.5 only"
 _ADAPTER = "an adapter (LoRA), not a checkpoint; give the model it was trained on, and this with --lora"
+_CONTROLNET = "a ControlNet, not a checkpoint; give the model it belongs to"
 _UNET = f"an SD1, SD2 or SDXL model; {_OTHER_MODEL}"
 _SDXL = f"an SDXL model; {_OTHER_MODEL}"
 _T5 = "Stable Diffusion 3 reads T5 1.1 XXL"
@@ -73,8 +74,8 @@ _T5 = "Stable Diffusion 3 reads T5 1.1 XXL"
 # What nothing here can use, though it may share marks with what can: (part of a key, what to tell the user).
 _STRANGERS = (
     # First, as it has blocks of the model that it belongs to.
-    ("controlnet_blocks.", "a ControlNet, not a checkpoint; give the model it belongs to"),
-    ("control_model.", "a ControlNet, not a checkpoint; give the model it belongs to"),
+    ("controlnet_blocks.", _CONTROLNET),
+    ("control_model.", _CONTROLNET),
     ("double_blocks.0.", f"a FLUX model; {_OTHER_MODEL}"),
     ("single_transformer_blocks.0.", f"a FLUX model; {_OTHER_MODEL}"),
     # Only SDXL has two transformers in the second level of its U-Net.

@@ -14,9 +14,7 @@ References: diffusers' loaders/single_file_utils.py, ComfyUI's utils.py, llama.c
 import re
 from collections.abc import Iterable
 
-from weights.keymap import TRANSFORMER, VAE, Entry, Table, to_native
-
-_TABLES: dict[str, Table] = {"transformer": TRANSFORMER, "vae": VAE}
+from weights.keymap import TABLES, Entry, to_native
 
 # Attention weights of the VAE, which some tools store without the trailing ones of a 1x1 convolution.
 _MID_CONV = re.compile(r"(encoder|decoder)\.mid\.attn_1\.(q|k|v|proj_out)\.weight")
@@ -75,8 +73,8 @@ def native_entries(name: str, layout: str, keys: Iterable[str]) -> dict[str, Ent
     Names that the layout does not know stay, so that whoever compares with a model reports them.
     """
     keys = [key for key in keys if not is_ignored(key) and not key.startswith(_OTHER_HALF.get(name, ("\0",)))]
-    if name in _TABLES:
-        return to_native(keys, _TABLES[name]) if layout == "diffusers" else _published_entries(keys)
+    if name in TABLES:
+        return to_native(keys, TABLES[name]) if layout == "diffusers" else _published_entries(keys)
     if name == "t5":
         return _t5_entries(keys)
     return _clip_entries(name, layout, keys)

@@ -26,6 +26,7 @@ PREFIXES = {
     "clip_g": "text_encoders.clip_g.transformer.",
     "t5": "text_encoders.t5xxl.transformer.",
 }
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 SHARD_BYTES = {"diffusion_pytorch_model": 10_000_000_000, "model": 5_000_000_000}
 
 _CLASSES = {
@@ -79,7 +80,7 @@ def write_pipeline_files(
     scheduler: a whole scheduler_config.json in the place of SD3's with this shift.
     """
     present = {FOLDERS[part] for part in parts} | {"scheduler"}
-    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+    for name in TOKENIZERS:
         if tokenizers is not None and (tokenizers / name).is_dir():
             shutil.copytree(tokenizers / name, out / name, dirs_exist_ok=True)
             present.add(name)

@@ -10,13 +10,13 @@ from safetensors import SafetensorError, safe_open
 
 from weights.adapters.groups import UNSUPPORTED, AdapterFile, open_adapter, split_key
 from weights.adapters.kinds import Shapes, kind_of
-from weights.adapters.targets import other_model, owner, unwrapped
+from weights.adapters.targets import LARGE, other_model, owner, unwrapped
 from weights.errors import CheckpointError
 
 # (what a module's name begins with, who writes that); the first that fits counts.
 _DIALECTS = (
     ("lora_unet_", "kohya"),
-    ("lora_te", "kohya"),
+    ("lora_te", "kohya or OneTrainer"),
     ("lora_transformer_", "OneTrainer"),
     ("lycoris_", "LyCORIS (SimpleTuner)"),
     ("diffusion_model.", "ComfyUI"),
@@ -28,11 +28,13 @@ _DIALECTS = (
     ("base_model.model.", "PEFT"),
     ("transformer.", "diffusers"),
     ("text_encoder", "diffusers"),
-    ("transformer_blocks.", "diffusers, without a prefix"),
-    ("joint_blocks.", "Stability's names, without a prefix"),
-)
+    *((name, "diffusers, without a prefix")
+      for name in ("transformer_blocks.", "norm_out.", "proj_out", "pos_embed.", "time_text_embed.")),
+    *((name, "Stability's names, without a prefix")
+      for name in ("joint_blocks.", "final_layer.", "x_embedder.", "t_embedder.", "y_embedder.")),
+)  # fmt: skip
 _MAGNITUDES = {"magnitude", "dora_scale"}
-_MEDIUM, _LARGE = 1536, 2432  # widths of the published transformers
+_MEDIUM = 1536  # width of SD3-Medium and SD3.5-Medium
 
 
 def is_adapter(keys: Collection[str]) -> bool:
@@ -78,8 +80,10 @@ def _facts(modules: Mapping[str, Shapes], file: AdapterFile | None) -> dict[str,
         kinds["DoRA"] += not _MAGNITUDES.isdisjoint(shapes)
         ranks |= set() if rank is None else {rank}
     model, refused = _model(deltas)
+    # Text encoders have the same names in several dialects: the transformer's tell more, where there are any.
+    telling = [module for module in modules if owner(module) == "transformer"] or modules
     return {
-        "dialects": list(dict.fromkeys(map(_dialect, modules))),
+        "dialects": list(dict.fromkeys(map(_dialect, telling))),
         "kinds": {name: count for name, count in kinds.items() if count},
         "ranks": sorted(ranks),
         "alphas": _alphas(file) if file else [],
@@ -96,12 +100,12 @@ def _dialect(module: str) -> str:
 
 def _model(deltas: Mapping[str, tuple[int, ...]]) -> tuple[str | None, str | None]:
     """The model's name, and why it is none that runs here."""
-    strange = other_model(deltas, _LARGE)
+    strange = other_model(deltas, LARGE)
     if strange is not None:
         return strange, f"an adapter for {strange}; this engine runs Stable Diffusion 3 and 3.5 only"
     images = {module: shape for module, shape in deltas.items() if owner(module) == "transformer"}
     widths = {n for shape in images.values() for n in shape}
-    if _LARGE in widths:
+    if LARGE in widths:
         return "SD3.5-Large", None
     if _MEDIUM not in widths:
         return None, None

@@ -172,11 +172,7 @@ def find_adapter(path: Path) -> tuple[Path, Path | None]:
 def _scalings(file: Path, config: Path | None) -> dict[str, Scaling]:
     """PEFT's configurations by prefix: of adapter_config.json, else those in the file's metadata."""
     if config is not None:
-        values = read_json(config)
-        kind = values.get("peft_type", "LORA")
-        if kind != "LORA":
-            raise CheckpointError(f"{config}: peft_type {kind} is not supported: expected LORA")
-        found = {"": Scaling.from_json(values, str(config))}
+        found = {"": Scaling.from_json(read_json(config), str(config))}
     else:
         where = f"{file}: metadata {_METADATA}"
         found = {prefix: Scaling.from_json(v, where) for prefix, v in _by_prefix(_metadata(file), where).items()}

@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from weights.adapters.kinds import LORA, Tensors, changed
+from weights.adapters.kinds import Tensors, changed
 from weights.adapters.plan import Plan, Report, Step, make_plan
 from weights.adapters.scale import alpha_factor
 from weights.adapters.targets import Lookup
@@ -59,7 +59,7 @@ class Weights(Protocol):
 
 
 class FilledModule:
-    """The weights of a filled module; the original parameters are kept where they are, and come back as they were."""
+    """The weights of a filled module. The original of a replaced one rests on the CPU and comes back as it was."""
 
     def __init__(self, module: nn.Module) -> None:
         self.shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
@@ -67,14 +67,19 @@ class FilledModule:
         self._originals: dict[str, nn.Parameter] = {}
 
     def original(self, name: str) -> Tensor:
-        return self._originals.get(name, self._module.get_parameter(name))
+        now = self._module.get_parameter(name)
+        return self._originals.get(name, now).detach().to(now.device)
 
     def put(self, name: str, tensor: Tensor | None) -> None:
-        original = self._originals.setdefault(name, self._module.get_parameter(name))
+        now = self._module.get_parameter(name)
+        original, device = self._originals.setdefault(name, now), now.device
         if tensor is None:
-            del self._originals[name]
+            parameter = self._originals.pop(name)
+            original.data = original.data.to(device)
+        else:
+            parameter = nn.Parameter(tensor.to(device), original.requires_grad)
+            original.data = original.data.cpu()
         owner, _, leaf = name.rpartition(".")
-        parameter = original if tensor is None else nn.Parameter(tensor, original.requires_grad)
         self._module.get_submodule(owner)._parameters[leaf] = parameter
 
 
@@ -84,10 +89,11 @@ class Adapters:
     def __init__(self, networks: Mapping[str, Weights | nn.Module]) -> None:
         """networks: of "transformer", "clip_l", "clip_g" and "t5".
 
-        A module is filled, or on "meta" for `plan` alone, and not to be moved or converted while an adapter is in.
+        A module is filled, or on "meta" for `plan` alone; it may be moved while an adapter is in, not converted.
         """
         self._networks = {n: FilledModule(it) if isinstance(it, nn.Module) else it for n, it in networks.items()}
         self._active: dict[str, Active] = {}
+        self._merged: dict[Place, Tensor] = {}
 
     @cached_property
     def _lookup(self) -> Lookup:
@@ -154,14 +160,25 @@ class Adapters:
     @torch.no_grad()
     def _merge(self, active: dict[str, Active], places: Iterable[Place]) -> None:
         """Make `active` the adapters that are in; places: the tensors that differ for it. All or nothing."""
-        merged: dict[Place, Tensor | None] = {}
-        for part, name in places:
-            todo = [(a, c) for a in active.values() if a.scale != 0 for c in a.changes.get((part, name), ())]
-            original = self._networks[part].original(name)
-            merged[part, name] = merged_tensor(name, original, todo) if todo else None
-        for (part, name), tensor in merged.items():
-            self._networks[part].put(name, tensor)
+        before: dict[Place, Tensor | None] = {}
+        try:
+            for place in places:
+                todo = [(a, c) for a in active.values() if a.scale != 0 for c in a.changes.get(place, ())]
+                before[place] = self._merged.get(place)
+                original = self._networks[place[0]].original(place[1])
+                self._put(place, merged_tensor(place[1], original, todo) if todo else None)
+        except BaseException:
+            for place, tensor in before.items():
+                self._put(place, tensor)
+            raise
         self._active = active
+
+    def _put(self, place: Place, tensor: Tensor | None) -> None:
+        part, name = place
+        self._networks[part].put(name, tensor)
+        self._merged.pop(place, None)
+        if tensor is not None:
+            self._merged[place] = tensor
 
 
 def check_scale(scale: float) -> None:
@@ -185,12 +202,14 @@ def read_changes(plan: Plan) -> dict[Place, list[Change]]:
 def _factor(plan: Plan, module: str, tensors: Tensors) -> float:
     """s of one module; a bias that comes without a weight has none."""
     kind = plan.steps[module].kind
-    rank = kind.rank({role: tuple(t.shape) for role, t in tensors.items()}) if kind else None
-    if kind is None or rank is None:
+    if kind is None:
         return 1.0
+    rank = kind.rank({role: tuple(t.shape) for role, t in tensors.items()})
     scaling, name = plan.file.scaling(module)
-    if scaling is not None and kind is LORA:
+    if scaling is not None and kind.name == scaling.kind:
         return scaling.factor(name, rank)
+    if rank is None:
+        return 1.0
     alpha = tensors["alpha"].float().item() if "alpha" in tensors else None
     if alpha is not None and not math.isfinite(alpha):
         raise CheckpointError(f"{plan.file.path}: {module}.alpha is {alpha}: expected a number")

@@ -1,6 +1,6 @@
 """What an adapter would do to a model, decided from headers: before a weight is read, it is known what applies."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -64,37 +64,19 @@ class Plan:
     report: Report
 
 
-def make_plan(path: Path, lookup: Lookup, components: Iterable[str]) -> Plan:
+def make_plan(path: Path, lookup: Lookup, components: Collection[str]) -> Plan:
     """Open an adapter and resolve its modules; reads headers only.
 
     Raises CheckpointError where it is for another model, nothing of it applies, or it cannot be used at all.
     """
     file = open_adapter(path)
-    report = Report(_name(path), path)
+    report = Report(_name(path), path, unknown=list(file.unknown))
     shapes = {module: {role: info.shape for role, info in roles.items()} for module, roles in file.groups.items()}
     stranger = other_model({module: _delta_shape(roles) for module, roles in shapes.items()}, lookup.width)
     if stranger is not None:
         here = f" (width {lookup.width})" if "width" in stranger else ""
         raise CheckpointError(f"{path}: an adapter for {stranger}; this model is Stable Diffusion 3 or 3.5{here}")
-    report.unknown += file.unknown
-    steps: dict[str, Step] = {}
-    claimed: dict[tuple[Target, str], str] = {}
-    for module, roles in shapes.items():
-        target = lookup.find(module)
-        if owner(module) not in components:
-            report.absent[owner(module)] = report.absent.get(owner(module), 0) + 1
-        elif target is None and not is_idle(module):
-            report.unknown.append(module)
-        elif target is not None:
-            try:
-                step = _step(target, roles)
-                _claim(claimed, module, step)
-                steps[module] = step
-            except ValueError as error:
-                report.unfit[module] = str(error)
-            else:
-                if not steps[module].bias and not roles.keys().isdisjoint(_BIAS_ROLES):
-                    report.unfit[f"{module} (bias)"] = "has no place in the model"
+    steps = _steps(shapes, lookup, components, report)
     if not steps:
         raise CheckpointError(
             f"{path}: nothing of it applies to this model: {report.left_out() or 'it has a projection of CLIP-L only'}"
@@ -104,6 +86,31 @@ def make_plan(path: Path, lookup: Lookup, components: Iterable[str]) -> Plan:
         report.notes.append("no alpha and no adapter_config.json beside it: taken as trained with scale 1")
     report.applied = tuple(steps)
     return Plan(file, steps, report)
+
+
+def _steps(
+    modules: Mapping[str, Shapes], lookup: Lookup, components: Collection[str], report: Report
+) -> dict[str, Step]:
+    """The modules that apply; what becomes of the others goes into the report."""
+    steps: dict[str, Step] = {}
+    claimed: dict[tuple[Target, str], str] = {}
+    for module, roles in modules.items():
+        target = lookup.find(module)
+        if owner(module) not in components:
+            report.absent[owner(module)] = report.absent.get(owner(module), 0) + 1
+        elif target is None and not is_idle(module):
+            report.unknown.append(module)
+        elif target is not None:
+            try:
+                step = _step(target, roles)
+                _claim(claimed, module, step)
+            except ValueError as error:
+                report.unfit[module] = str(error)
+                continue
+            steps[module] = step
+            if not step.bias and not roles.keys().isdisjoint(_BIAS_ROLES):
+                report.unfit[f"{module} (bias)"] = "has no place in the model"
+    return steps
 
 
 def _step(target: Target, shapes: Shapes) -> Step:

@@ -65,7 +65,7 @@ _OLD_CLIP = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "
 _FLUX = ("double_blocks", "single_blocks", "single_transformer_blocks")
 _UNET = ("down_blocks", "up_blocks", "mid_block", "input_blocks", "output_blocks", "middle_block")
 _UNETS = {768: "SD1", 1024: "SD2", 2048: "SDXL"}  # by the width of the text that their cross-attention reads
-_LARGE = 2432  # width of SD3.5-Large, which no matrix of another model has
+LARGE = 2432  # width of SD3.5-Large, which no matrix of another model has
 
 
 class Lookup:
@@ -114,8 +114,8 @@ def other_model(shapes: Mapping[str, tuple[int, ...]], width: int | None) -> str
     if any(part in alias for alias in images for part in _UNET):
         cross = {shape[1] for a, shape in images.items() if a.endswith(("attn2_to_k", "attn2.to_k")) and shape[1:]}
         return _UNETS.get(min(cross, default=0), "SD1, SD2 or SDXL")
-    if width != _LARGE and any(_LARGE in shape for shape in images.values()):
-        return f"SD3.5-Large (width {_LARGE})"
+    if width != LARGE and any(LARGE in shape for shape in images.values()):
+        return f"SD3.5-Large (width {LARGE})"
     return None
 
 
