@@ -1,6 +1,7 @@
 """From settings to networks: which file becomes which module, on which device, in which number format."""
 
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,6 +46,17 @@ class Parts(NamedTuple):
     shift: float  # of its noise schedule
     device: torch.device
     dtype: torch.dtype  # of transformer, CLIPs and autoencoder
+
+    def check(self, settings: Settings) -> Settings:
+        """The settings with the model's defaults and dtype; SettingsError for what this model cannot do."""
+        settings = replace(settings.resolved(self.defaults), dtype=self.dtype_name)
+        modules = {name: network.module for name, network in self.networks.items()}
+        check_size(settings, modules["transformer"].config, modules["vae"].config.downscale)
+        return settings
+
+    @property
+    def dtype_name(self) -> str:
+        return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
 
 
 def load_parts(settings: Settings) -> Parts:

@@ -39,6 +39,7 @@ class Job(NamedTuple):
     steps: int
     texts: int  # for each picture: 2 with guidance, else 1
     t5_length: int
+    apart: bool = False  # whether each picture has texts of its own, else all have the same
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ class Planner:
         comes = {n: 0 if mode is Mode.RESIDENT else self.weights(n, mode) for n, mode in modes.items()}
         encoders = [name for name in modes if name not in ("transformer", "vae")]
         encode = max(comes[n] + self.visit(*self.streamed(n, modes[n])) + self.encoding(n, job) for n in encoders)
-        network, table = self._networks["transformer"], self.modulations(job)
+        network, table = self._networks["transformer"], self.modulations(job, batch)
         before = self.visit(network, [] if modes["transformer"] is Mode.RESIDENT else network.before)
         loop = self.visit(*self.streamed("transformer", modes["transformer"])) + self.denoising(job, batch)
         denoise = comes["transformer"] + table + max(before, loop)
@@ -184,11 +185,24 @@ class Planner:
 
         return self._once((name, job.texts, length), encode)
 
-    def modulations(self, job: Job) -> int:
+    def texts(self, job: Job, plan: Plan, budget: int, most: int) -> int:
+        """How many texts can be encoded at a time under a plan for this job: as many as the job's, at most `most`."""
+        encoders = [name for name in self._networks if name not in ("transformer", "vae")]
+
+        def more(texts: int) -> int:
+            larger = job._replace(texts=texts)
+            return max(self.encoding(name, larger) - self.encoding(name, job) for name in encoders)
+
+        while most > job.texts and plan.peaks["encode"] + more(most) > budget:
+            most = -(-most // 2)
+        return most if most > job.texts else job.texts
+
+    def modulations(self, job: Job, batch: int) -> int:
         """Bytes of what every block is told in all steps."""
         shapes = self._networks["transformer"].shapes
         each = sum(shape[0] for name, shape in shapes.items() if name.endswith("adaLN_modulation.1.weight"))
-        return job.steps * job.texts * each * self._dtype.itemsize
+        texts = job.texts * (batch if job.apart else 1)
+        return job.steps * texts * each * self._dtype.itemsize
 
     def denoising(self, job: Job, batch: int) -> int:
         """Bytes for one step of `batch` pictures, by a transformer of two blocks, for more take no more."""
@@ -197,16 +211,17 @@ class Planner:
         short = replace(config, depth=2, dual_attention_blocks=config.dual_attention_blocks[:1] and (0,))
         length = self._networks["clip_l"].module.config.max_length + job.t5_length
         size = (batch, config.in_channels, job.rows, job.columns)
+        texts, each = (job.texts * batch, 1) if job.apart else (job.texts, batch)
 
         def step(model: Any) -> object:
-            context = torch.empty(job.texts, length, config.context_size, dtype=self._dtype, device="meta")
-            pooled = torch.empty(job.texts, config.pooled_size, dtype=self._dtype, device="meta")
-            velocity = Prepared(model, context, pooled, batch)
+            context = torch.empty(texts, length, config.context_size, dtype=self._dtype, device="meta")
+            pooled = torch.empty(texts, config.pooled_size, dtype=self._dtype, device="meta")
+            velocity = Prepared(model, context, pooled, each)
             latents = torch.cat([torch.empty(size, device="meta")] * job.texts)
             return velocity(latents.to(self._dtype), torch.tensor(1.0)).float()
 
         model = network.change(on_meta(MMDiT, short, self._dtype))
-        return self._once((size, job.texts, length), lambda: peak_bytes(step, model))
+        return self._once((size, job.texts, texts, length), lambda: peak_bytes(step, model))
 
     def _once(self, key: tuple[object, ...], measure: Callable[[], int]) -> int:
         if key not in self._measured:

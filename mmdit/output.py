@@ -2,18 +2,26 @@
 
 import json
 import os
+import platform
 import re
 import tempfile
-from collections.abc import Iterator
+import time
+from collections import deque
+from collections.abc import Callable, Container, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Self
 
 from PIL import Image, PngImagePlugin
 from safetensors import SafetensorError
 
 from mmdit.settings import Settings, SettingsError, user_path
+
+_END = b"\0\0\0\0IEND\xaeB`\x82"  # of every PNG file
+_BEHIND = 16  # pictures that may wait to be written
 
 
 def save_images(images: list[Image.Image], settings: Settings) -> Iterator[Path]:
@@ -26,27 +34,94 @@ def save_images(images: list[Image.Image], settings: Settings) -> Iterator[Path]
     for i, image in enumerate(images):
         own = replace(settings, seed=settings.seed + i, count=1)
         path = picture_path(own, i, len(images))
-        info = PngImagePlugin.PngInfo()
-        info.add_text("parameters", parameters(own))
-        info.add_text("mmdit", json.dumps(asdict(own), ensure_ascii=False))
-        with whole_file(path) as partial:
-            image.save(partial, format="PNG", pnginfo=info)
+        save_image(image, own, path)
         yield path
+
+
+def save_image(image: Image.Image, settings: Settings, path: Path) -> None:
+    """Write one picture with its own settings inside; SettingsError where the disk does not take it."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text("parameters", parameters(settings))
+    info.add_text("mmdit", json.dumps(asdict(settings), ensure_ascii=False))
+    with whole_file(path) as partial:
+        image.save(partial, format="PNG", pnginfo=info)
+
+
+def settings_in(path: Path) -> Settings | None:
+    """What a picture was drawn by; None where the file is no picture of this program, or not a whole one."""
+    try:
+        with path.open("rb") as file:
+            file.seek(-len(_END), os.SEEK_END)
+            if file.read() != _END:
+                return None
+        with Image.open(path) as image:
+            settings = Settings(**json.loads(image.info["mmdit"]))
+        settings.check()
+        return settings
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+
+
+class Saver:
+    """Writes pictures in a thread of its own, while others are drawn; used as a context, whose end waits for all.
+
+    waited: seconds that pictures had to wait to be taken, and the end for the last to be written.
+    """
+
+    def __init__(self, written: Callable[[Path], object]) -> None:
+        """written: called, in the thread, with the path of each picture once it is there."""
+        self.waited, self._written = 0.0, written
+        self._thread, self._jobs = ThreadPoolExecutor(1, thread_name_prefix="save"), deque[Future[None]]()
+
+    def __call__(self, image: Image.Image, settings: Settings, path: Path) -> None:
+        """Have it written; where the thread is far behind, wait. Raises what went wrong with an earlier one."""
+        self._wait(most=_BEHIND)
+        self._jobs.append(self._thread.submit(self._save, image, settings, path))
+
+    def _save(self, image: Image.Image, settings: Settings, path: Path) -> None:
+        if not is_file(settings.out) and path.exists():
+            path = picture_path(settings)  # somebody else was faster
+        save_image(image, settings, path)
+        self._written(path)
+
+    def _wait(self, most: int) -> None:
+        start = time.perf_counter()
+        while self._jobs and (len(self._jobs) > most or self._jobs[0].done()):
+            self._jobs.popleft().result()
+        self.waited += time.perf_counter() - start
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
+        # Pictures that are done are written also where drawing the next was broken off.
+        try:
+            if failed is None:
+                self._wait(most=0)
+        finally:
+            self._thread.shutdown()
 
 
 def is_file(out: str) -> bool:
     return out.lower().endswith(".png")
 
 
-def picture_path(settings: Settings, index: int, count: int) -> Path:
+def picture_path(settings: Settings, index: int = 0, count: int = 1, taken: Container[Path] = ()) -> Path:
+    """Where picture `index` of `count` goes: `out`, or in it the first free name, which is none of `taken`."""
     out = Path(settings.out).expanduser()
     if is_file(settings.out):
         return out if count == 1 else out.with_name(f"{out.stem}-{index + 1}{out.suffix}")
-    words = re.sub(r"[^a-z0-9]+", "-", settings.prompt.lower()).strip("-")[:60].rstrip("-") or "picture"
-    stem, path, again = f"{words}-{settings.seed}", out / f"{words}-{settings.seed}.png", 2
-    while path.exists():
-        path, again = out / f"{stem}-{again}.png", again + 1
+    name, again = stem(settings), 2
+    path = out / f"{name}.png"
+    while path in taken or path.exists():
+        path, again = out / f"{name}-{again}.png", again + 1
     return path
+
+
+def stem(settings: Settings) -> str:
+    """A file's name after prompt and seed."""
+    words = re.sub(r"[^a-z0-9]+", "-", settings.prompt.lower()).strip("-")[:60].rstrip("-") or "picture"
+    return f"{words}-{settings.seed}"
 
 
 def parameters(settings: Settings) -> str:
@@ -119,7 +194,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises SettingsError where the disk does not take it.
     """
     made = [p for p in path.parents if not p.exists()]
-    partial = path.with_name(f".{os.getpid()}.partial")
+    partial = path.with_name(f".{platform.node()}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
@@ -131,3 +206,16 @@ def whole_file(path: Path) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
             for folder in made:
                 folder.rmdir()  # those that hold a file stay
+
+
+def sweep(folder: Path) -> None:
+    """Remove what processes left in a folder that were killed while they wrote into it."""
+    if os.name != "posix":
+        return
+    for partial in folder.glob(f".{platform.node()}.*.partial"):
+        with suppress(OSError, ValueError):
+            pid = int(partial.name.split(".")[-2])
+            try:
+                os.kill(pid, 0)  # only asks whether there is such a process
+            except ProcessLookupError:
+                partial.unlink()

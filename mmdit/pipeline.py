@@ -8,7 +8,7 @@ another sampler.
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,12 +18,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from mmdit.batch import Drawing
 from mmdit.loading import DTYPES, Parts, load_parts
 from mmdit.memory import Job, Plan, Planner, budget_of
 from mmdit.model import MMDiT
 from mmdit.prepared import Prepared
 from mmdit.residency import Residency
-from mmdit.settings import LOADED, Settings, SettingsError, check_size, settings_from, split_lora
+from mmdit.settings import LOADED, Settings, SettingsError, alone, check_size, settings_from, split_lora
 from samplers import Step, classifier_free_guidance, euler, shifted_sigmas
 from samplers.guidance import Velocity
 from text_encoders import Conditioning, TokenizerError
@@ -84,10 +85,13 @@ class Pipeline:
         return cls.from_settings(settings_from(given))
 
     @classmethod
-    def from_settings(cls, settings: Settings) -> "Pipeline":
-        """Load the model that a Settings names; what it says of the picture may change from call to call."""
+    def from_settings(cls, settings: Settings, parts: Parts | None = None) -> "Pipeline":
+        """Load the model that a Settings names; what it says of the picture may change from call to call.
+
+        parts: what `load_parts` found for these settings, where that was called before.
+        """
         with memory_errors("loading"):
-            return cls(load_parts(settings), settings)
+            return cls(parts or load_parts(settings), settings)
 
     def __call__(self, prompt: str, **keywords: Any) -> list[Image.Image]:
         """Draw. keywords: negative, width, height, steps, cfg, seed, count, t5_length, as in Settings.
@@ -95,9 +99,32 @@ class Pipeline:
         Returns `count` pictures; picture i equals the single picture of seed + i within rounding. Raises one of
         USER_ERRORS.
         """
-        for name in {"out", "dump"} & keywords.keys():
+        return self.run(self.asked({"prompt": prompt, **keywords})).images
+
+    def draw_many(
+        self, pictures: Iterable[str | dict[str, Any] | Settings], **keywords: Any
+    ) -> Iterator[tuple[Settings, Image.Image]]:
+        """Draw a list: each a prompt, the keywords of a call as a dict, or a Settings.
+
+        keywords: those of a call, for what an entry, other than a Settings, does not say. Each distinct text is
+        encoded once, and pictures of equal size, steps and cfg are denoised together, as many as memory allows; each
+        equals the single picture within rounding. Gives every picture as soon as it is done, in an order of its own,
+        with its settings: all filled in, count 1. Raises one of USER_ERRORS, before anything is drawn for what cannot
+        be asked for.
+        """
+        asked = [{"prompt": entry} if isinstance(entry, str) else entry for entry in pictures]
+        every = [e if isinstance(e, Settings) else self.asked({**keywords, **e}) for e in asked]
+        each = [s for some in map(self.check, every) for s in alone(some)]
+        drawing = Drawing(self, each)
+        return ((replace(each[i], **self.actual), image) for i, image in drawing)
+
+    def asked(self, keywords: dict[str, Any]) -> Settings:
+        """What the keywords of a call ask for; SettingsError for an unknown one."""
+        for name in {"out", "prompts", "dump"} & keywords.keys():
             raise SettingsError(f"{name} belongs to the command line: save the pictures that this returns")
-        return self.run(settings_from({"prompt": prompt, **keywords}, self.settings)).images
+        if "prompt" not in keywords:
+            raise SettingsError(f"a picture without a prompt: {keywords}")
+        return settings_from(keywords, self.settings)
 
     @torch.no_grad()
     def run(self, settings: Settings, trace: dict[str, Tensor] | None = None) -> Result:
@@ -106,6 +133,7 @@ class Pipeline:
         assert s.width and s.height and s.steps and s.t5_length and s.cfg is not None
         steps, cfg, t5_length = s.steps, s.cfg, s.t5_length
         self.follow(self.plan_for(s))
+        job = self.job(s)
         texts = [s.prompt] if cfg == 1 else [s.prompt, s.negative]
         noise = self.noise(s.width, s.height, range(s.seed, s.seed + s.count))
         sigmas = shifted_sigmas(steps, self.shift)
@@ -130,10 +158,10 @@ class Pipeline:
                 bar.update()
             return torch.cat(pictures)
 
-        encoded = self.stage("encode", s, seconds, encode)
+        encoded = self.stage("encode", job, seconds, encode)
         cond, uncond = encoded[:1], encoded[1:] if cfg != 1 else None
-        latents = self.stage("denoise", s, seconds, denoise)
-        pixels = self.stage("decode", s, seconds, decode)  # (B, H, W, 3)
+        latents = self.stage("denoise", job, seconds, denoise)
+        pixels = self.stage("decode", job, seconds, decode)  # (B, H, W, 3)
         self.residency.use(None)
         if trace is not None:
             trace.update(sigmas=sigmas, noise=noise, image=pixels, **traced_text("cond", cond, s.count))
@@ -159,25 +187,31 @@ class Pipeline:
         self.plan = plan
         self.residency.arrange(plan.modes)
 
-    def stage(self, name: str, s: Settings, seconds: dict[str, float], work: Callable[[tqdm], T]) -> T:
-        """Time a stage into `seconds`; where memory runs out, take the next smaller plan and begin it once again."""
+    def stage(
+        self, name: str, job: Job, seconds: dict[str, float], work: Callable[[tqdm], T], bar: tqdm | None = None
+    ) -> T:
+        """Add a stage's time to `seconds`; where memory runs out, take the next smaller plan and begin it once again.
+
+        bar: what `work` is given, in place of a bar of its own.
+        """
         start = time.perf_counter()
         try:
-            result = self.attempt(name, work)
+            result = self.attempt(name, work, bar)
         except DeviceMemoryError:
             self.residency.use(None)
-            plan = self.planner.smaller(self.job(s), self.plan, name)
+            plan = self.planner.smaller(job, self.plan, name)
             if plan is None:
                 raise
             warnings.warn(f"{name}: memory ran out; trying again with less: {plan}", stacklevel=2)
             self.follow(plan)
-            result = self.attempt(name, work)
-        seconds[name] = time.perf_counter() - start
+            result = self.attempt(name, work, bar)
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
         return result
 
-    def attempt(self, name: str, work: Callable[[tqdm], T]) -> T:
-        with memory_errors(name), exact_convolutions(self.dtype), tqdm(desc=name, disable=None, leave=False) as bar:
-            return work(bar)
+    def attempt(self, name: str, work: Callable[[tqdm], T], bar: tqdm | None) -> T:
+        shown = tqdm(desc=name, disable=None, leave=False) if bar is None else nullcontext(bar)
+        with memory_errors(name), exact_convolutions(self.dtype), shown as own:
+            return work(own)
 
     # ---- stages ----------------------------------------------------------------------------------
 

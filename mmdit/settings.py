@@ -62,6 +62,10 @@ class Settings:
         "auto", "what the device may be loaded with, as 4GB; auto: most of what is free", metavar="SIZE"
     )
     out: str = _setting("out", "PNG file, or folder for files named after prompt and seed", metavar="FILE|FOLDER")
+    prompts: str | None = _setting(
+        None, "draw a list: a prompt a line, or JSON lines with any setting of a picture; what is there is skipped",
+        metavar="FILE",
+    )  # fmt: skip
     dump: str | None = _setting(None, "write every stage's tensors into this file", metavar="FILE.safetensors")
 
     def __post_init__(self) -> None:
@@ -86,7 +90,7 @@ class Settings:
             if choices and value not in choices:
                 raise SettingsError(f"{f.name} is {value!r}: expected one of {', '.join(choices)}")
         needed = {name: getattr(self, name) for name in ("prompt", "negative", "memory", "out")}
-        files = ("model", "clip_l", "clip_g", "t5xxl", "vae", "tokenizers", "dump")
+        files = ("model", "clip_l", "clip_g", "t5xxl", "vae", "tokenizers", "prompts", "dump")
         given = {name: value for name in files if (value := getattr(self, name)) is not None}
         for name, value in (*needed.items(), *given.items(), *(("lora", text) for text in self.lora)):
             if not isinstance(value, str):
@@ -105,6 +109,11 @@ class Settings:
             raise SettingsError(f"cfg is {self.cfg!r}: expected a number, 1 for no guidance")
         if not whole(self.seed) or not -(2**63) <= self.seed <= 2**64 - self.count:
             raise SettingsError(f"seed is {self.seed!r}: expected a whole number of at most 64 bits")
+
+
+def alone(settings: Settings) -> list[Settings]:
+    """The settings of each of its `count` pictures."""
+    return [replace(settings, seed=settings.seed + i, count=1) for i in range(settings.count)]
 
 
 def user_path(name: str, text: str) -> Path:

@@ -6,7 +6,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from mmdit.run import make_parser
+from mmdit.run import make_parser, settings_of
 from mmdit.settings import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +33,7 @@ prompt None what
 --device 'auto' auto,cpu,cuda,mps
 --memory 'auto' SIZE
 --out 'out' FILE|FOLDER
+--prompts None FILE
 --dump None FILE.safetensors
 """
 
@@ -46,7 +47,8 @@ def test_the_options_are_frozen() -> None:
     ]
     assert told == OPTIONS.splitlines()
     assert [a.dest for a in actions] == [f.name for f in fields(Settings)]
-    assert Settings(**vars(make_parser().parse_args(["x"]))) == Settings("x")
+    assert settings_of(["x"]) == Settings("x")
+    assert settings_of(["--prompts", "x.txt"]) == Settings(prompts="x.txt")
 
 
 def test_help_does_not_load_torch() -> None:
