@@ -23,7 +23,7 @@ from mmdit.settings import SettingsError
 from mmdit.streaming import Unit
 from vae import cpu_rows, decode_peak, rows_for
 
-_WORKSPACE = {"cuda": 40_000_000}  # bytes that matrix products take for themselves
+_WORKSPACE = {"cuda": 40_000_000, "cpu": 80_000_000}  # bytes that matrix products and their like take for themselves
 _LIGHT = 0.25  # of a network's weights: so few that need memory beside the mapped file may stay
 _LESS = 0.75  # of the memory that could not be had
 _ROOM = 0.95  # of a budget, for decoding: convolutions may take memory of their own
@@ -83,7 +83,7 @@ class Planner:
     def __init__(self, networks: Mapping[str, Network], device: torch.device, dtype: torch.dtype) -> None:
         self._networks, self._device, self._dtype = networks, device, dtype
         self._measured: dict[tuple[object, ...], int] = {}
-        self._own = own_bytes() if device.type == "cpu" else _WORKSPACE.get(device.type, 0)
+        self._own = _WORKSPACE.get(device.type, 0) + (own_bytes() if device.type == "cpu" else 0)
 
     def plan(self, job: Job, budget: int) -> Plan:
         """The fastest plan that keeps to `budget` bytes; SettingsError, with what would be needed, where none does."""
@@ -250,7 +250,7 @@ def budget_of(memory: str, device: torch.device) -> int:
     Raises SettingsError for what is neither.
     """
     if memory == "auto":
-        return int(_SHARE * free_bytes(device)) + (own_bytes() if device.type == "cpu" else 0)
+        return int(_SHARE * free_bytes(device))
     match = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*([KMGT])(i?)B?", memory.strip(), re.IGNORECASE)
     if match is None:
         raise SettingsError(f"memory is {memory!r}: expected a size such as 4GB or 900MB, or auto")
@@ -268,14 +268,14 @@ def own_bytes(process: int | str = "self") -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """What a computation on the device may take without harm to others."""
+    """What this process may take of the device without harm to others, what it has there already included."""
     if device.type == "cuda":
-        own = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + own
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+        return torch.mps.recommended_max_memory()
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+        available = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+        return available + own_bytes()
     except (OSError, StopIteration, ValueError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
