@@ -159,6 +159,7 @@ def _sharded(index: Path) -> Header:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f'{index}: expected "weight_map": {{tensor name: shard file name}}')
+    there = {file.name for file in index.parent.iterdir()}
     shards: dict[str, dict[str, TensorInfo]] = {}
     metadata: dict[str, Any] = {}
     for shard in dict.fromkeys(weight_map.values()):
@@ -166,7 +167,7 @@ def _sharded(index: Path) -> Header:
         # them.
         if shard in ("", ".", "..") or PurePosixPath(shard).name != shard or PureWindowsPath(shard).name != shard:
             raise CheckpointError(f"{index}: shard {shard!r} is not a plain file name beside the index")
-        if not (index.parent / shard).exists():
+        if shard not in there:
             raise CheckpointError(f"{index}: lists the shard {shard}, which is missing")
         shards[shard], more = read_safetensors(index.parent / shard)
         metadata |= more
