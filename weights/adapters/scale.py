@@ -16,7 +16,7 @@ from typing import Any
 from weights.errors import CheckpointError
 
 # A pattern comes from a file and is matched against every name: only what is sure to end soon is let through.
-_MOST_PATTERNS, _LONGEST_PATTERN, _MOST_REPEATS = 10_000, 200, 3
+_MOST_PATTERNS, _LONGEST_PATTERN, _MOST_REPEATS, _ALL_REPEATS = 2000, 200, 2, 10
 _REPEATED_GROUP = re.compile(r"\)[*+?{]")
 _REPEAT = re.compile(r"[*+{]")
 
@@ -40,6 +40,8 @@ class Scaling:
         patterns = values.get("alpha_pattern") or {}
         if not isinstance(patterns, dict) or len(patterns) > _MOST_PATTERNS:
             raise CheckpointError(f"{where}: alpha_pattern is not {{name: number}} of at most {_MOST_PATTERNS} names")
+        if sum(len(_REPEAT.findall(pattern)) for pattern in patterns) > _ALL_REPEATS:
+            raise CheckpointError(f"{where}: alpha_pattern has more than {_ALL_REPEATS} repeats in all")
         alpha = _number(values["lora_alpha"], "lora_alpha", where)
         compiled = tuple((_compiled(p, where), _number(a, p, where)) for p, a in patterns.items())
         return cls(alpha, compiled, bool(values.get("use_rslora")))
