@@ -1,18 +1,19 @@
 """Files for the tests of loading: the toy and its parts, and published names with every tensor made small."""
 
-import warnings
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
+import gguf
+import numpy as np
 import torch
+from gguf import GGMLQuantizationType as Type
 from manifests import SMALL, Shapes
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.random_checkpoint import write_checkpoint
-from mmdit.loading import build
-from weights import CheckpointError, Component, fill, open_checkpoint
+from weights import Component, open_checkpoint
 from weights.published import PREFIXES
 
 PARTS = ("transformer", "vae", "clip_l", "clip_g", "t5")
@@ -69,17 +70,19 @@ def written_again(path: Path, change: Mapping[str, Tensor]) -> Path:
     return write(path, {**load_file(path), **change})
 
 
-def loads_right_or_refuses(path: Path, expected: Tensors) -> None:
-    """A damaged transformer loads to `expected`, or is refused with its file's name."""
-    refused = ""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            part = open_checkpoint(path).component("transformer")
-            state = fill(build(part), part, dtype=torch.float32).state_dict()
-    except CheckpointError as error:
-        refused = str(error)
-    if refused:
-        assert str(path) in refused
-    else:
-        assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+def write_gguf(
+    path: Path, tensors: Mapping[str, tuple[np.ndarray, Type]], arch: str = "sd3", shapes: Mapping[str, list[int]] = {}
+) -> Path:  # fmt: skip
+    """A GGUF file by the package's writer; shapes: for `comfy.gguf.orig_shape`."""
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_array("tokenizer.ggml.tokens", ["a", "of", "the"])
+    writer.add_array("numbers", [1.5, 2.5])
+    for name, shape in shapes.items():
+        writer.add_array(f"comfy.gguf.orig_shape.{name}", shape)
+    for name, (codes, kind) in tensors.items():
+        writer.add_tensor(name, codes, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
