@@ -118,6 +118,8 @@ def build(component: Component) -> Any:
         if component.config:
             check_types(component.config, PUBLISHED[component.name](component.shapes), component.name)
         values = config.from_json(component.config) if component.config else config.from_shapes(component.shapes)
+        if component.name == "clip_g" and values.projection_dim is None:  # its pooled vector would be another one
+            raise KeyError("text_projection.weight")
         layers = max(getattr(values, name, 0) for name in ("depth", "num_layers", "layers_per_block"))
         if layers > len(component.shapes):  # before a module is made for each of them
             raise ValueError(f"{layers} layers of {len(component.shapes)} tensors")
@@ -142,7 +144,7 @@ def check_types(config: Mapping[str, Any], usual: Mapping[str, Any], name: str) 
 
 def alike(value: Any, usual: Any) -> bool:
     if isinstance(usual, float):
-        return type(value) in (int, float) and math.isfinite(value)
+        return type(value) in (int, float) and abs(value) < 1e9  # which neither NaN nor infinity is
     return type(value) is type(usual) and (type(value) is not int or 0 <= value < 1 << 31)
 
 

@@ -22,10 +22,11 @@ NUMBERS = (
     *(0.0, -0.0, 0.5, 1.5, 1e9, 1e30, 1e308, -1e308, float("nan"), float("inf"), -float("inf")),
 )
 NAMES = (
-    *("", " ", ".", "..", "/", "../decoy.safetensors", "../../decoy.safetensors", "/etc/passwd", "~", "a\\b", "c:x"),
+    *("", " ", ".", "..", "/", "/etc/passwd", "~", "a\\b", "c:x"),
     *("\0", "\n", "a\r\nb", "\x1b[2J", "\u202egnp", "\ud800", "\udc80", "é" * 300, "x" * 5000, "x." * 50_000),
     *("__metadata__", "{}", "%s%n", "-1", "1e9", "NaN", "true", "[1]", '{"a":1}', "." * 200, "(a+)+$", ".*.*.*.*x"),
 )
+OUTSIDE = (b"../", b"../../", b"./", b"x/../../", b"/", b"//", b"..\\\\", b"~/", b"%2e%2e/")
 OTHERS = (None, True, False, "", [], {}, [[]], [None], {"": None}, [1, 2], {"a": 1})
 
 
@@ -155,15 +156,17 @@ def _damage_items(pick: Random, items: list, words: Sequence[Any]) -> None:
 
 def _name(pick: Random, name: str, words: Sequence[Any]) -> str:
     texts = [word for word in words if isinstance(word, str)] or [""]
-    match pick.randrange(5):
+    match pick.randrange(6):
         case 0:
             return pick.choice(NAMES)
         case 1:
             return pick.choice(NAMES) + name
         case 2:
-            return name + pick.choice(NAMES)
+            return name + pick.choice(NAMES) if pick.random() < 0.7 else name[:-1]
         case 3:
             return pick.choice(texts)
+        case 4:
+            return f"{pick.choice(texts).rpartition('.')[0]}.{name.rpartition('.')[2]}"
         case _:
             return f"{name.rpartition('.')[0]}.{pick.choice(texts).rpartition('.')[2]}"
 
@@ -214,8 +217,20 @@ def damaged_safetensors(pick: Random, raw: bytes, words: Sequence[str] = ()) -> 
         header = damaged_value(pick, header, words)
     text = written(header).encode(errors="surrogatepass")
     text += b" " * pick.choice((0, 0, -len(text) % 8, 100_000))
-    data = damaged_bytes(pick, data) if data and pick.random() < 0.05 else data
+    if pick.random() < 0.1:
+        data = _other_numbers(pick, read_objects(raw[8:end]), data)
     return struct.pack("<Q", len(text)) + text + data
+
+
+def _other_numbers(pick: Random, header: Object, data: bytes) -> bytes:
+    """One tensor all zeros, NaN or infinities."""
+    begin, end = dict(map(tuple, pick.choice([inside for name, inside in header if name != "__metadata__"])))[
+        "data_offsets"
+    ]
+    byte = pick.choice((b"\0", b"\xff", b"\x7f", b"\x80"))
+    patterns = (byte * (end - begin), b"\0\0\x80\x7f" * ((end - begin) // 4), b"\0\x7c" * ((end - begin) // 2))
+    pattern = pick.choice([p for p in patterns if len(p) == end - begin])
+    return data[:begin] + pattern + data[end:]
 
 
 def _same_sizes(pick: Random, header: Object) -> None:
@@ -223,7 +238,7 @@ def _same_sizes(pick: Random, header: Object) -> None:
     entries = [{pair[0]: pair for pair in inside} for name, inside in header if name != "__metadata__"]
     entry = pick.choice(entries)
     word, shape = entry["dtype"][1], entry["shape"][1]
-    match pick.randrange(4):
+    match pick.randrange(5):
         case 0:
             other = pick.choice([o for o in entries if (o["dtype"][1], o["shape"][1]) == (word, shape)])
             entry["data_offsets"][1], other["data_offsets"][1] = other["data_offsets"][1], entry["data_offsets"][1]
@@ -231,6 +246,9 @@ def _same_sizes(pick: Random, header: Object) -> None:
             shape.reverse()
         case 2:
             entry["shape"][1] = pick.choice(([*shape, 1], [1, *shape], [0, 1 << 62], [1 << 32] * 2, [0] * 70))
+        case 3:  # twice the numbers, each of half the bytes
+            entry["dtype"][1] = {"F64": "F32", "F32": "F16", "F16": "F8_E4M3", "BF16": "F8_E5M2"}.get(word, word)
+            entry["shape"][1] = [*shape[:-1], 2 * shape[-1]] if shape else [2]
         case _:
             entry["dtype"][1] = pick.choice(_TWINS.get(word, ("F8_E8M0",)))
 
@@ -299,6 +317,8 @@ def damaged_files(pick: Random, files: Mapping[str, bytes], words: Sequence[str]
         return {**files, name: pick.choice(STRANGE_FILES)}
     if raw.startswith(b"GGUF"):
         return {**files, name: damaged_gguf(pick, raw)}
+    if name.endswith(".index.json") and how < 0.2:
+        return {**files, name: raw.replace(b'"diffusion_', b'"' + pick.choice(OUTSIDE) + b"diffusion_")}
     if name.endswith(".json"):
         return {**files, name: damaged_json(pick, raw, words)}
     return {**files, name: damaged_safetensors(pick, raw, words) if raw[8:9] == b"{" else damaged_bytes(pick, raw)}

@@ -193,14 +193,15 @@ class Place:
     """Where the files of one kind are, the damaged ones in the place of the valid ones."""
 
     def __init__(self, root: Path, files: Mapping[str, bytes]) -> None:
-        """A file "decoy.safetensors" goes above the folder: nothing may be read from there."""
+        """Copies of the weights go above their folders: nothing may be read from there."""
         self._root, self._there = root / "model", {}
         self._root.mkdir()
         self.path = self._root / "file" if set(files) == {"file"} else self._root
         for name in files:
             (self._root / name).parent.mkdir(parents=True, exist_ok=True)
-        decoy = next((raw for name, raw in files.items() if name.endswith(".safetensors")), b"")
-        (root / "decoy.safetensors").write_bytes(decoy)
+            for above in (root, self._root):
+                if name.count("/") and name.endswith(".safetensors"):
+                    (above / Path(name).name).write_bytes(files[name])
         self.put(files)
 
     def put(self, files: Mapping[str, bytes]) -> None:

@@ -14,6 +14,7 @@ import torch
 from fuzzing import Files, Trial, fuzz
 from said import Said, safetensors_said
 
+from weights import CheckpointError
 from weights.adapters import Adapters, Report
 
 ROLES = {
@@ -191,3 +192,21 @@ TRIALS = {"LoRA, kohya": samples.kohya, "LoRA, diffusers": samples.diffusers, "L
 @pytest.mark.parametrize("kind", TRIALS)
 def test_damaged(kind: str) -> None:
     fuzz(kind, trial(*TRIALS[kind]()))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lora_alpha": 1e308}, "the factor of its alpha is"),
+        ({"lora_alpha": 4, "alpha_pattern": {".*" + "a*" * 2: 1}}, "not a name or a simple pattern"),
+        ({"lora_alpha": 4, "alpha_pattern": {f".*{i}.*": 1 for i in range(6)}}, "more than 10 repeats in all"),
+        ({"lora_alpha": 4, "alpha_pattern": {str(i): 1 for i in range(2001)}}, "of at most 2000 names"),
+    ],
+)
+def test_values_that_no_config_has(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    files = samples.peft()[0]
+    files["adapter_config.json"] = json.dumps({"peft_type": "LORA", **change}).encode()
+    for name, raw in files.items():
+        (tmp_path / name).write_bytes(raw)
+    with pytest.raises(CheckpointError, match=message):
+        Adapters(samples.adapter_networks()).add(tmp_path)
