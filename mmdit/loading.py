@@ -121,6 +121,7 @@ def build(component: Component) -> Any:
         if component.name == "clip_g" and values.projection_dim is None:  # its pooled vector would be another one
             raise KeyError("text_projection.weight")
         layers = max(getattr(values, name, 0) for name in ("depth", "num_layers", "layers_per_block"))
+        layers *= len(getattr(values, "block_out_channels", "1"))
         if layers > len(component.shapes):  # before a module is made for each of them
             raise ValueError(f"{layers} layers of {len(component.shapes)} tensors")
         with torch.device("meta"):

@@ -150,7 +150,7 @@ def bounded(tally: Tally) -> Iterator[None]:
     _forget_peak()
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, hard))
     before = signal.signal(signal.SIGALRM, _alarm)
-    signal.setitimer(signal.ITIMER_REAL, ALARM)
+    signal.setitimer(signal.ITIMER_REAL, ALARM, 1)  # again and again: what is raised in a callback is lost
     start = time.process_time()
     try:
         yield

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from weights.component import Component
-from weights.errors import CheckpointError
+from weights.errors import CheckpointError, one_line
 from weights.files import read_file
 from weights.header import Header, TensorInfo, read_json, read_safetensors
 from weights.kinds import COMPONENTS, WHAT, Network, described, networks, refuse_strangers, split
@@ -188,7 +188,8 @@ def _open_single_file(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: {alone}")
     groups, strangers = split(header.tensors, found)
     if strangers:
-        warnings.warn(f"{path}: ignoring {len(strangers)} unknown tensors, the first is {strangers[0]}", stacklevel=3)
+        told = f"{path}: ignoring {len(strangers)} unknown tensors, the first is {strangers[0]}"
+        warnings.warn(one_line(told), stacklevel=3)
     return Checkpoint(
         path=path,
         components=tuple(name for name in COMPONENTS if name in found),
