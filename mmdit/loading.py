@@ -1,6 +1,7 @@
 """From settings to networks: which file becomes which module, on which device, in which number format."""
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from text_encoders import (
     TokenizerError,
 )
 from vae import Autoencoder, VAEConfig
-from weights import Checkpoint, CheckpointError, Component, Source, hub, open_checkpoint
+from weights import Checkpoint, CheckpointError, Component, Source, hub, open_checkpoint, published
 from weights.adapters import Adapters
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -108,6 +109,13 @@ def load_parts(settings: Settings) -> Parts:
     return Parts(networks, text, adapters, defaults, shift, device, dtype)
 
 
+PUBLISHED: dict[str, Callable[..., dict[str, Any]]] = {
+    "clip_l": published.clip_config,
+    "clip_g": published.clip_config,
+    "t5": published.t5_config,
+    "transformer": published.transformer_config,
+    "vae": published.vae_config,
+}
 MODULES: dict[str, tuple[type[nn.Module], Any]] = {
     "clip_l": (CLIPTextEncoder, CLIPConfig),
     "clip_g": (CLIPTextEncoder, CLIPConfig),
@@ -121,13 +129,38 @@ def build(component: Component) -> Any:
     """The component's module without values; its config from config.json, else from the tensors' shapes."""
     module, config = MODULES[component.name]
     try:
+        if component.config:
+            check_types(component.config, PUBLISHED[component.name](component.shapes), component.name)
         values = config.from_json(component.config) if component.config else config.from_shapes(component.shapes)
+        if component.name == "clip_g" and values.projection_dim is None:  # its pooled vector would be another one
+            raise KeyError("text_projection.weight")
+        layers = max(getattr(values, name, 0) for name in ("depth", "num_layers", "layers_per_block"))
+        layers *= len(getattr(values, "block_out_channels", "1"))
+        if layers > len(component.shapes):  # before a module is made for each of them
+            raise ValueError(f"{layers} layers of {len(component.shapes)} tensors")
         with torch.device("meta"):
             return module(values)
     except KeyError as missing:
         raise CheckpointError(f"{component.path}: {component.name} lacks {missing}") from None
     except (ValueError, TypeError, IndexError, ArithmeticError, RuntimeError) as error:
         raise CheckpointError(f"{component.path}: {component.name}: sizes without sense: {error}") from None
+
+
+def check_types(config: Mapping[str, Any], usual: Mapping[str, Any], name: str) -> None:
+    """Raise ValueError where a value of the component's config.json is not of the type that published ones have."""
+    for key, value in config.items():
+        # diffusers writes null for its defaults, transformers does not.
+        if key in usual and usual[key] is not None and (value is not None or name not in ("transformer", "vae")):
+            like = usual[key] if isinstance(usual[key], list) else [usual[key]]
+            found = value if isinstance(value, list) and isinstance(usual[key], list) else [value]
+            if not all(alike(one, like[0]) for one in found):
+                raise ValueError(f"{key} is {value!r:.60}, usual is {usual[key]!r}")
+
+
+def alike(value: Any, usual: Any) -> bool:
+    if isinstance(usual, float):
+        return type(value) in (int, float) and abs(value) < 1e9  # which neither NaN nor infinity is
+    return type(value) is type(usual) and (type(value) is not int or 0 <= value < 1 << 31)
 
 
 def shift_of(checkpoint: Checkpoint) -> float:

@@ -168,7 +168,13 @@ def check_defaults(defaults: dict[str, Any], where: str) -> dict[str, Any]:
     for name, value in defaults.items():
         if name not in SD35_MEDIUM_DEFAULTS or isinstance(value, bool) or not isinstance(value, int | float):
             allowed = ", ".join(SD35_MEDIUM_DEFAULTS)
-            raise SettingsError(f"{where}: {name!r}: {value!r} is not a default: expected numbers for {allowed}")
+            raise SettingsError(
+                f"{where}: {name!r:.60}: {value!r:.60} is not a default: expected numbers for {allowed}"
+            )
+    try:
+        Settings().resolved(defaults)
+    except SettingsError as error:
+        raise SettingsError(f"{where}: {error}") from None
     return defaults
 
 

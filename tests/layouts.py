@@ -1,7 +1,6 @@
 """Files for the tests of loading: the toy and its parts, and published names with every tensor made small."""
 
 import json
-import warnings
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,8 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.random_checkpoint import write_checkpoint
-from mmdit.loading import build
-from weights import CheckpointError, Component, fill, open_checkpoint
+from weights import Component, open_checkpoint
 from weights.header import DTYPES
 from weights.published import PREFIXES
 
@@ -102,19 +100,3 @@ def small_tensors(shapes: Shapes, prefix: str = "") -> Tensors:
 def written_again(path: Path, change: Mapping[str, Tensor]) -> Path:
     """The file with some tensors exchanged or added."""
     return write(path, {**load_file(path), **change})
-
-
-def loads_right_or_refuses(path: Path, expected: Tensors) -> None:
-    """A damaged transformer loads to `expected`, or is refused with its file's name."""
-    refused = ""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            part = open_checkpoint(path).component("transformer")
-            state = fill(build(part), part, dtype=torch.float32).state_dict()
-    except CheckpointError as error:
-        refused = str(error)
-    if refused:
-        assert str(path) in refused
-    else:
-        assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())

@@ -2,17 +2,14 @@
 
 import json
 import math
-import struct
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from forms import E4M3, E5M2, scaled, unscaled
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from layouts import Tensors, check_tensors, loads_right_or_refuses, toy_parts, write
+from layouts import Tensors, check_tensors, toy_parts, write
 from manifests import golden, manifest
+from said import fp8_value
 
 from mmdit.loading import build
 from weights import CheckpointError, Component, fill, open_checkpoint
@@ -39,33 +36,19 @@ def refusal(file: Path) -> str:
 # ---- the number formats --------------------------------------------------------------------------
 
 
-def value(code: int, exponent_bits: int) -> float:
-    """What a byte stands for: sign, exponent, mantissa; e4m3fn has one NaN and no infinity, e5m2 both as IEEE has."""
-    mantissa_bits = 7 - exponent_bits
-    exponent, mantissa = code >> mantissa_bits & (1 << exponent_bits) - 1, code & (1 << mantissa_bits) - 1
-    sign, bias = -1.0 if code & 128 else 1.0, (1 << exponent_bits - 1) - 1
-    if exponent_bits == 4 and code & 127 == 127:
-        return math.nan
-    if exponent_bits == 5 and exponent == 31:
-        return math.nan if mantissa else sign * math.inf
-    if exponent == 0:
-        return sign * mantissa * 2.0 ** (1 - bias - mantissa_bits)
-    return sign * (1 + mantissa / (1 << mantissa_bits)) * 2.0 ** (exponent - bias)
-
-
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
 @pytest.mark.parametrize("scale", [None, 0.0123456789])
 def test_all_codes(toy: dict[str, Tensors], tmp_path: Path, dtype: torch.dtype, scale: float | None) -> None:
     """256 bytes: plain as they are, scaled as the one float32 product."""
-    assert [value(c, 4) for c in (0x01, 0x07, 0x08, 0x38, 0x7E, 0xB8)] == [2**-9, 7 * 2**-9, 2**-6, 1, 448, -1]
-    assert [value(c, 5) for c in (0x01, 0x04, 0x3C, 0x7B, 0x7C)] == [2**-16, 2**-14, 1, 57344, math.inf]
+    assert [fp8_value(c, 4) for c in (0x01, 0x07, 0x08, 0x38, 0x7E, 0xB8)] == [2**-9, 7 * 2**-9, 2**-6, 1, 448, -1]
+    assert [fp8_value(c, 5) for c in (0x01, 0x04, 0x3C, 0x7B, 0x7C)] == [2**-16, 2**-14, 1, 57344, math.inf]
     codes = torch.arange(256, dtype=torch.uint8).view(dtype)
     key = "y_embedder.mlp.2.weight"
     tensors = {**toy["transformer"], key: codes.view(16, 16)}
     if scale is not None:
         tensors["y_embedder.mlp.2.scale_weight"] = torch.tensor(scale)
     got = component(write(tmp_path / "file", tensors)).read(key)
-    expected = torch.tensor([value(c, 4 if dtype == E4M3 else 5) for c in range(256)], dtype=torch.float32)
+    expected = torch.tensor([fp8_value(c, 4 if dtype == E4M3 else 5) for c in range(256)], dtype=torch.float32)
     if scale is not None:
         expected = expected * torch.tensor(scale, dtype=torch.float32)
     assert got.dtype == (torch.float16 if scale is None else torch.float32)
@@ -195,42 +178,3 @@ def test_a_scale_without_its_weight_and_without_sense(toy: dict[str, Tensors], t
     for text in ("{", "[]", "{}", '{"layers": 3}'):
         file = write(tmp_path / "file", toy["transformer"], {"_quantization_metadata": text})
         assert "_quantization_metadata is not" in refusal(file)
-
-
-# ---- damage --------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def files(toy: dict[str, Tensors], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[bytes, Tensors]]:
-    """The bytes of a scaled file in each style and the values it stands for."""
-    root, made = tmp_path_factory.mktemp("whole"), {}
-    for style in ("older", "notes", "metadata"):
-        stored, metadata = scaled(toy["transformer"], style)
-        made[style] = write(root / style, stored, metadata).read_bytes(), unscaled(stored)
-    return made.__getitem__
-
-
-@settings(max_examples=120, deadline=None)
-@given(style=st.sampled_from(["older", "notes", "metadata"]), where=st.integers(0, 1 << 20), bit=st.integers(0, 7))
-def test_a_flipped_bit_in_the_header(
-    files: Callable[[str], tuple[bytes, Tensors]], tmp_path_factory: pytest.TempPathFactory,
-    style: str, where: int, bit: int,
-) -> None:  # fmt: skip
-    """It loads to the same values, or is refused with the file's name."""
-    whole, expected = files(style)
-    end = 8 + struct.unpack("<Q", whole[:8])[0]
-    at = where % end
-    path = tmp_path_factory.getbasetemp() / "damaged"
-    path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
-    loads_right_or_refuses(path, expected)
-
-
-@settings(max_examples=30, deadline=None)
-@given(style=st.sampled_from(["older", "notes", "metadata"]), length=st.integers(0, 1 << 24))
-def test_a_file_cut_short(
-    files: Callable[[str], tuple[bytes, Tensors]], tmp_path_factory: pytest.TempPathFactory, style: str, length: int
-) -> None:
-    whole, _ = files(style)
-    path = tmp_path_factory.getbasetemp() / "cut"
-    path.write_bytes(whole[: length % len(whole)])
-    assert refusal(path)

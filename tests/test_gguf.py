@@ -14,9 +14,7 @@ import pytest
 import torch
 from forms import decoded, llama_cpp, mixed, write_gguf
 from gguf import GGMLQuantizationType as Type
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from layouts import PARTS, Tensors, check_tensors, joined, loads_right_or_refuses, toy_parts, write
+from layouts import PARTS, Tensors, check_tensors, joined, toy_parts, write
 from manifests import golden, manifest
 from safetensors.torch import load_file
 
@@ -277,12 +275,16 @@ HUGE = 1 << 62
 BROKEN = {
     "version 1": (header(version=1), "GGUF version 1; known are 2 and 3"),
     "big-endian": (header(version=3 << 24), "a big-endian file?"),
-    "many tensors": (header(count=HUGE), "truncated: the header goes on"),
-    "many pairs": (header(pairs=HUGE), "truncated: the header goes on"),
+    "tensors": (header(count=99_999), "truncated: the header goes on"),
+    "pairs": (header(pairs=99_999), "truncated: the header goes on"),
+    "many tensors": (header(count=HUGE), "at most 100000 of each are read"),
+    "many pairs": (header(pairs=HUGE), "at most 100000 of each are read"),
+    "long name": (header(name=b"x" * 1001), "a name of 1001 characters"),
     "long key": (header(pairs=1, kv=struct.pack("<Q", HUGE)), "truncated: the header goes on"),
     "long text": (header(pairs=1, kv=text("k") + struct.pack("<IQ", 8, HUGE)), "truncated: the header goes on"),
     "long array": (header(pairs=1, kv=text("k") + struct.pack("<IIQ", 9, 4, HUGE)), "truncated: the header goes on"),
-    "many texts": (header(pairs=1, kv=text("k") + struct.pack("<IIQ", 9, 8, HUGE)), "truncated: the header goes on"),
+    "texts": (header(pairs=1, kv=text("k") + struct.pack("<IIQ", 9, 8, 999)), "truncated: the header goes on"),
+    "many texts": (header(pairs=1, kv=text("k") + struct.pack("<IIQ", 9, 8, HUGE)), "at most 1000000 are read"),
     "array of arrays": (header(pairs=1, kv=text("k") + struct.pack("<IIQ", 9, 9, 1)), "of the unknown type 9"),
     "unknown value": (header(pairs=1, kv=text("k") + struct.pack("<I", 13)), "a value of the unknown type 13"),
     "alignment 3": (header(pairs=1, kv=text("general.alignment") + struct.pack("<II", 4, 3)), "alignment is 3"),
@@ -311,35 +313,3 @@ def test_damaged_headers(tmp_path: Path, case: str) -> None:
     assert time.perf_counter() - start < 1
     assert tracemalloc.get_traced_memory()[1] < 4 << 20
     tracemalloc.stop()
-
-
-@pytest.fixture(scope="module")
-def whole(toy: dict[str, Tensors], tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, int, Tensors]:
-    """A file's bytes, where its tensors begin, and what it loads to."""
-    stored = mixed(toy["transformer"], Type.Q4_1)
-    path = write_gguf(tmp_path_factory.mktemp("whole") / "file", stored, shapes={"pos_embed": [1, 1024, 128]})
-    return path.read_bytes(), gguf.GGUFReader(path).data_offset, decoded(stored)
-
-
-@settings(max_examples=120, deadline=None)
-@given(where=st.integers(0, 1 << 20), bit=st.integers(0, 7))
-def test_a_flipped_bit_in_the_header(
-    whole: tuple[bytes, int, Tensors], tmp_path_factory: pytest.TempPathFactory, where: int, bit: int
-) -> None:
-    """It loads to the same values, or is refused with the file's name."""
-    content, end, expected = whole
-    at = where % end
-    path = tmp_path_factory.getbasetemp() / "damaged.gguf"
-    path.write_bytes(content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1 :])
-    loads_right_or_refuses(path, expected)
-
-
-@settings(max_examples=40, deadline=None)
-@given(length=st.integers(0, 1 << 24))
-def test_a_file_cut_short(
-    whole: tuple[bytes, int, Tensors], tmp_path_factory: pytest.TempPathFactory, length: int
-) -> None:
-    content, _, expected = whole
-    path = tmp_path_factory.getbasetemp() / "cut.gguf"
-    path.write_bytes(content[: length % len(content)])
-    loads_right_or_refuses(path, expected)

@@ -113,10 +113,29 @@ def test_broken_headers(toys: Path, tmp_path: Path) -> None:
     for change in changes:
         assert "bad entry for a\\nb" in refusal(raw_file(path, {"a\nb": good | change}, b"\0" * 4))
     assert "bad entry" in refusal(raw_file(path, {"a": 1}))
-    hole = {NATIVE_MARK: good, "pos_embed": good | {"data_offsets": [8, 12]}}
-    component = open_checkpoint(raw_file(path, hole, b"\0" * 12)).component("transformer")
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        component.read("pos_embed")
+    after = {"pos_embed": good | {"data_offsets": [8, 12]}}
+    assert "pos_embed begins at 8, expected 4" in refusal(raw_file(path, {NATIVE_MARK: good, **after}, b"\0" * 12))
+    assert "b begins at 0, expected 4" in refusal(raw_file(path, {"a": good, "b": good}, b"\0" * 4))
+    twice = json.dumps({"a": good})[:-1] + "," + json.dumps({"a": good})[1:]
+    assert "'a' is there twice" in refusal(raw_file(path, twice.encode(), b"\0" * 4))
+
+
+def test_what_no_published_file_has(tmp_path: Path) -> None:
+    """Long names, many tensors, many sides, deep and large JSON, metadata that is no text."""
+    path = tmp_path / "x.safetensors"
+    empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    assert "bad entry for xxx" in refusal(raw_file(path, {"x" * 1001: empty}))
+    assert len(refusal(raw_file(path, {"x" * 1_000_000: empty}))) < 4100 + len(str(path))
+    assert "bad entry" in refusal(raw_file(path, {"x": empty | {"shape": [0] * 9}}))
+    assert "bad entry" in refusal(raw_file(path, {"x": empty | {"shape": [0, 1 << 63]}}))
+    assert "100001 tensors, at most 100000" in refusal(raw_file(path, {str(i): empty for i in range(100_001)}))
+    assert "more than 1000000 values" in refusal(raw_file(path, b"{" + b"[]," * 1_000_000))
+    assert "nested deeper than 20" in refusal(raw_file(path, b'{"a":' + b"[" * 20 + b"]" * 20 + b"}"))
+    assert "NaN is no number" in refusal(raw_file(path, b'{"a":NaN}'))
+    for metadata in ({"a": 1}, ["a"], "a"):
+        assert "__metadata__ is not {name: text}" in refusal(raw_file(path, {"__metadata__": metadata}))
+    (tmp_path / "model_index.json").write_bytes(b" " * 16_000_001)
+    assert "16000001 bytes of JSON, at most 16000000" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(

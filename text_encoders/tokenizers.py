@@ -8,7 +8,6 @@ every exclamation mark of a prompt gets the padding's id), and T5's normalisatio
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,9 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
 
+from weights.jsons import parse_json
+
+LONGEST_MESSAGE = 2000  # characters
 HINT = "--tokenizers FOLDER names a folder with tokenizer/, tokenizer_2/ and tokenizer_3/"
 
 # CLIP's words: contractions, runs of letters, single digits, runs of anything else but spaces.
@@ -28,6 +30,9 @@ T5_SENTINELS = [f"<extra_id_{i}>" for i in reversed(range(100))]  # in id order,
 
 class TokenizerError(ValueError):
     """A tokenizer's files are absent or malformed, or a prompt is no text; the message is one line."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message[:LONGEST_MESSAGE]))
 
 
 @dataclass
@@ -172,8 +177,13 @@ class T5Tokenizer(PromptTokenizer):
 
 
 def max_length(config: dict[str, Any], default: int) -> int:
+    """Ids of a prompt where a call does not say. Raises ValueError where it is no number or has no room."""
     length = config.get("model_max_length", default)
-    return default if length > 10**6 else length  # transformers writes 10**30 for "unknown"
+    if length > 10_000:  # transformers writes 10**30 for "unknown"; no encoder here reads as many
+        return default
+    if type(length) is not int or length < 3:
+        raise ValueError(f"model_max_length is {length!r}: expected a whole number from 3")
+    return length
 
 
 def clip_special_tokens(folder: Path, config: dict[str, Any]) -> dict[str, AddedToken]:
@@ -273,8 +283,10 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
+        content = parse_json(read_text(path))
+    except ValueError as error:
+        if isinstance(error, TokenizerError):
+            raise
         raise TokenizerError(f"{path}: malformed JSON: {error}") from None
     if not isinstance(content, dict):
         raise TokenizerError(f"{path}: malformed, not a JSON object")

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from weights.component import Component
-from weights.errors import CheckpointError
+from weights.errors import CheckpointError, one_line
 from weights.files import read_file
 from weights.header import Header, TensorInfo, read_json, read_safetensors
 from weights.kinds import COMPONENTS, WHAT, Network, described, networks, refuse_strangers, split
@@ -159,6 +159,7 @@ def _sharded(index: Path) -> Header:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f'{index}: expected "weight_map": {{tensor name: shard file name}}')
+    there = {file.name for file in index.parent.iterdir()}
     shards: dict[str, dict[str, TensorInfo]] = {}
     metadata: dict[str, Any] = {}
     for shard in dict.fromkeys(weight_map.values()):
@@ -166,7 +167,7 @@ def _sharded(index: Path) -> Header:
         # them.
         if shard in ("", ".", "..") or PurePosixPath(shard).name != shard or PureWindowsPath(shard).name != shard:
             raise CheckpointError(f"{index}: shard {shard!r} is not a plain file name beside the index")
-        if not (index.parent / shard).exists():
+        if shard not in there:
             raise CheckpointError(f"{index}: lists the shard {shard}, which is missing")
         shards[shard], more = read_safetensors(index.parent / shard)
         metadata |= more
@@ -187,7 +188,8 @@ def _open_single_file(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: {alone}")
     groups, strangers = split(header.tensors, found)
     if strangers:
-        warnings.warn(f"{path}: ignoring {len(strangers)} unknown tensors, the first is {strangers[0]}", stacklevel=3)
+        told = f"{path}: ignoring {len(strangers)} unknown tensors, the first is {strangers[0]}"
+        warnings.warn(one_line(told), stacklevel=3)
     return Checkpoint(
         path=path,
         components=tuple(name for name in COMPONENTS if name in found),

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 
 from weights.errors import CheckpointError
-from weights.header import DTYPES, TensorInfo
+from weights.header import DTYPES, MAX_DIMENSIONS, MAX_NAME, MAX_TENSORS, TensorInfo
 
 _VERSIONS = (2, 3)
 _ORIGINAL_SHAPE = "comfy.gguf.orig_shape."  # of a tensor that the converter reshaped, by its name
-_MAX_DIMENSIONS = 8  # ggml has 4
+_MAX_TEXTS = 1_000_000  # of an array; vocabularies have up to 256,000
 _CHUNK = 1 << 22  # numbers decoded at a time
 
 # Types of values in the key-value pairs, as struct's letters; 8 is a text, 9 an array.
@@ -93,6 +93,8 @@ class GGUFFile:
             hint = " (a big-endian file?)" if version % 65536 == 0 else ""
             raise CheckpointError(f"{self.path}: GGUF version {version}{hint}; known are 2 and 3, little-endian")
         count, pairs = cursor.number("Q"), cursor.number("Q")
+        if max(count, pairs) > MAX_TENSORS:
+            raise CheckpointError(f"{self.path}: {count} tensors, {pairs} keys: at most {MAX_TENSORS} of each are read")
         values = dict(cursor.pair() for _ in cursor.counted(pairs, 12))
         self.metadata = {
             key: value for key, value in values.items() if value is not None and not isinstance(value, list)
@@ -149,9 +151,15 @@ class _Cursor:
         except UnicodeDecodeError:
             raise CheckpointError(f"{self.path}: damaged GGUF header: a text is not UTF-8") from None
 
+    def name(self) -> str:
+        name = self.text()
+        if len(name) > MAX_NAME:
+            raise CheckpointError(f"{self.path}: damaged GGUF header: a name of {len(name)} characters")
+        return name
+
     def pair(self) -> tuple[str, Any]:
         """A key and its value, which is None where nothing here needs it."""
-        key, kind = self.text(), self.number("I")
+        key, kind = self.name(), self.number("I")
         if kind == _ARRAY:
             return key, self.array(keep=key.startswith(_ORIGINAL_SHAPE))
         return key, self.value(kind)
@@ -166,12 +174,14 @@ class _Cursor:
     def array(self, keep: bool) -> list[Any] | None:
         kind, count = self.number("I"), self.number("Q")
         if kind == _TEXT:  # vocabularies: read past
+            if count > _MAX_TEXTS:
+                raise CheckpointError(f"{self.path}: an array of {count} texts, at most {_MAX_TEXTS} are read")
             for _ in self.counted(count, 8):
                 length = self.number("Q")
                 self.counted(length, 1)
                 self.at += length
             return None
-        if keep and count <= _MAX_DIMENSIONS:
+        if keep and count <= MAX_DIMENSIONS:
             return [self.value(kind) for _ in range(count)]
         size = struct.calcsize("<" + _LETTERS[kind]) if kind in _LETTERS else None
         if size is None:
@@ -182,8 +192,8 @@ class _Cursor:
 
     def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
         """Name, torch's shape, ggml's type and the offset of one tensor."""
-        name, dimensions = self.text(), self.number("I")
-        if dimensions > _MAX_DIMENSIONS:
+        name, dimensions = self.name(), self.number("I")
+        if dimensions > MAX_DIMENSIONS:
             raise CheckpointError(f"{self.path}: {name}: {dimensions} dimensions: the header is damaged")
         shape = tuple(self.number("Q") for _ in range(dimensions))[::-1]
         return name, shape, self.number("I"), self.number("Q")

@@ -4,7 +4,6 @@ Format: 8 bytes little-endian header length, a JSON object {name: {dtype, shape,
 Reference: the safetensors README (huggingface/safetensors), section "Format".
 """
 
-import json
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,9 +11,15 @@ from typing import Any, NamedTuple
 import torch
 
 from weights.errors import CheckpointError
+from weights.jsons import parse_json
 
 # The limit of the safetensors library itself; a larger header is an attack or not a header.
 MAX_HEADER_BYTES = 100_000_000
+MAX_JSON_BYTES = 16_000_000  # of a configuration or an index
+# Far above what any published model has.
+MAX_TENSORS = 100_000
+MAX_NAME = 1000  # characters
+MAX_DIMENSIONS = 8
 
 DTYPES = {
     "F64": torch.float64,
@@ -51,11 +56,18 @@ class Header(NamedTuple):
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; CheckpointError when unreadable, not JSON, or not an object."""
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path}: not a regular file")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        size = path.stat().st_size
+        if size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path}: {size} bytes of JSON, at most {MAX_JSON_BYTES} are read")
+        raw = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    try:
+        value = parse_json(raw)
+    except ValueError as error:
         raise CheckpointError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
@@ -120,31 +132,46 @@ def _check_header_length(path: Path, length: int, size: int) -> None:
 
 def _parse(path: Path, raw: bytes, size: int) -> Header:
     try:
-        header = json.loads(raw)
-    except (ValueError, RecursionError) as error:
+        header = parse_json(raw)
+    except ValueError as error:
         raise CheckpointError(f"{path}: not a safetensors file: the header is not JSON ({error})") from error
-    metadata = header.pop("__metadata__", None)  # free text, often broken in the wild: who needs a word checks it
-    infos = {}
-    end = 0
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{path}: broken safetensors header: __metadata__ is not {{name: text}}")
+    if len(header) > MAX_TENSORS:
+        raise CheckpointError(f"{path}: broken safetensors header: {len(header)} tensors, at most {MAX_TENSORS}")
+    infos, places = {}, []
     for key, entry in header.items():
-        infos[key], stop = _parse_entry(path, key, entry)
-        end = max(end, stop)
+        infos[key], place = _parse_entry(path, key, entry)
+        places.append((*place, key))
+    end = _packed(path, places)
     promised = 8 + len(raw) + end
     if size != promised:
         what = "truncated" if size < promised else "bytes after the last tensor"
         raise CheckpointError(f"{path}: {what}: header promises {promised} bytes, file has {size}")
-    return Header(infos, metadata if isinstance(metadata, dict) else {})
+    return Header(infos, metadata)
 
 
-def _parse_entry(path: Path, key: str, entry: Any) -> tuple[TensorInfo, int]:
+def _parse_entry(path: Path, key: str, entry: Any) -> tuple[TensorInfo, tuple[int, int]]:
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         numbers = (*shape, begin, end)
-        sane = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in numbers) and begin <= end
+        sane = isinstance(dtype, str) and all(type(n) is int and 0 <= n < 1 << 63 for n in numbers) and begin <= end
+        sane = sane and len(shape) <= MAX_DIMENSIONS and max(len(key), len(dtype)) <= MAX_NAME
         if sane and dtype in DTYPES:
             sane = end - begin == math.prod(shape) * DTYPES[dtype].itemsize
     except (TypeError, KeyError, ValueError):
         sane = False
     if not sane:
         raise CheckpointError(f"{path}: broken safetensors header: bad entry for {key}")
-    return TensorInfo(path, key, dtype, shape), end
+    return TensorInfo(path, key, dtype, shape), (begin, end)
+
+
+def _packed(path: Path, places: list[tuple[int, int, str]]) -> int:
+    """Where the last tensor ends; CheckpointError where two share bytes, or bytes between them belong to none."""
+    at = 0
+    for begin, end, key in sorted(places):
+        if begin != at:
+            raise CheckpointError(f"{path}: broken safetensors header: {key} begins at {begin}, expected {at}")
+        at = end
+    return at

@@ -14,7 +14,6 @@ A scale that is not understood gives wrong pictures and no error, so every unkno
 References: ComfyUI's QUANTIZATION.md; "FP8 Formats for Deep Learning", 2022 (https://arxiv.org/abs/2209.05433).
 """
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +25,7 @@ from torch import Tensor
 from weights.errors import CheckpointError
 from weights.files import open_file
 from weights.header import DTYPES, TensorInfo
+from weights.jsons import parse_json
 
 FP8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}  # a header's word and the newer style's
 
@@ -82,10 +82,10 @@ def declared_layers(path: Path, metadata: Mapping[str, Any], prefix: str) -> dic
     if text is None:
         return {}
     try:
-        layers = json.loads(text)["layers"]
+        layers = parse_json(text)["layers"]
         # Written relative to the file or, where the file is one network with a prefix, to the network.
         return {layer.removeprefix(prefix): note for layer, note in layers.items()}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise CheckpointError(f'{path}: metadata: _quantization_metadata is not {{"layers": {{...}}}}') from None
 
 
@@ -125,7 +125,7 @@ def _read_note(info: TensorInfo, readers: dict[Path, Any]) -> Any:
     try:
         if info.file not in readers:
             readers[info.file] = open_file(info.file)
-        return json.loads(bytes(readers[info.file].get_tensor(info.key).tolist()))
+        return parse_json(bytes(readers[info.file].get_tensor(info.key).tolist()))
     except Exception as error:  # safetensors' own error, OSError, and what JSON raises have no common class
         raise CheckpointError(f"{info.file}: {info.key}: not JSON: {error}") from None
 

@@ -7,7 +7,6 @@ References for the endings: ComfyUI comfy/weight_adapter/*.py, diffusers utils/s
 lycoris/modules/*.py, PEFT utils/save_and_load.py.
 """
 
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from weights.adapters.scale import Scaling
 from weights.errors import CheckpointError
 from weights.header import DTYPES, TensorInfo, read_header, read_json
+from weights.jsons import parse_json
 
 _DOWN = (".lora_down.weight", ".lora_A.weight", ".lora.down.weight", "_lora.down.weight",
          ".lora_linear_layer.down.weight", ".lora_A")  # fmt: skip
@@ -190,8 +190,8 @@ def _metadata(file: Path) -> str | None:
 def _by_prefix(text: str | None, where: str) -> dict[str, dict[str, Any]]:
     """diffusers' flat JSON, `transformer.r`, `text_encoder.lora_alpha`, ... or bare names, as one dict per prefix."""
     try:
-        flat = json.loads(text) if text else {}
-    except (ValueError, RecursionError) as error:
+        flat = parse_json(text) if text else {}
+    except ValueError as error:
         raise CheckpointError(f"{where}: not valid JSON: {error}") from error
     if not isinstance(flat, dict):
         raise CheckpointError(f"{where}: expected a JSON object, found {type(flat).__name__}")

@@ -25,6 +25,8 @@ from weights.keymap import convert
 
 Place = tuple[str, str]  # component and name of a tensor in it
 
+_LARGEST = 1e15  # of a scale and of what alpha makes of it: their product is a float32
+
 
 class Change(NamedTuple):
     """What one module of a file does to one tensor of the model."""
@@ -182,9 +184,9 @@ class Adapters:
 
 
 def check_scale(scale: float) -> None:
-    """Raise CheckpointError for a scale that is not a finite number."""
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
-        raise CheckpointError(f"an adapter's scale is {scale!r}: expected a number, 1 for as it was trained")
+    """Raise CheckpointError for a scale that is not a number which float32 can compute with."""
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) <= _LARGEST:
+        raise CheckpointError(f"an adapter's scale is {scale!r:.60}: expected a number, 1 for as it was trained")
 
 
 def read_changes(plan: Plan) -> dict[Place, list[Change]]:
@@ -207,13 +209,14 @@ def _factor(plan: Plan, module: str, tensors: Tensors) -> float:
     rank = kind.rank({role: tuple(t.shape) for role, t in tensors.items()})
     scaling, name = plan.file.scaling(module)
     if scaling is not None and kind.name == scaling.kind:
-        return scaling.factor(name, rank)
-    if rank is None:
-        return 1.0
-    alpha = tensors["alpha"].float().item() if "alpha" in tensors else None
-    if alpha is not None and not math.isfinite(alpha):
-        raise CheckpointError(f"{plan.file.path}: {module}.alpha is {alpha}: expected a number")
-    return alpha_factor(alpha, rank)
+        factor = scaling.factor(name, rank)
+    elif rank is None:
+        factor = 1.0
+    else:
+        factor = alpha_factor(tensors["alpha"].float().item() if "alpha" in tensors else None, rank)
+    if not abs(factor) <= _LARGEST:
+        raise CheckpointError(f"{plan.file.path}: {module}: the factor of its alpha is {factor}: expected a number")
+    return factor
 
 
 def merged_tensor(name: str, original: Tensor, todo: list[tuple[Active, Change]]) -> Tensor:

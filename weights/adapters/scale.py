@@ -17,7 +17,7 @@ from typing import Any
 from weights.errors import CheckpointError
 
 # A pattern comes from a file and is matched against every name: only what is sure to end soon is let through.
-_MOST_PATTERNS, _LONGEST_PATTERN, _MOST_REPEATS = 10_000, 200, 3
+_MOST_PATTERNS, _LONGEST_PATTERN, _MOST_REPEATS, _ALL_REPEATS = 2000, 200, 2, 10
 _REPEATED_GROUP = re.compile(r"\)[*+?{]")
 _REPEAT = re.compile(r"[*+{]")
 
@@ -49,7 +49,7 @@ class Scaling:
         `r` and `rank_pattern` are read for LoKr alone: else the rank of each module is the shape of its tensors.
         """
         word = values.get("peft_type") or "LORA"
-        if word not in PEFT_KINDS:
+        if not isinstance(word, str) or word not in PEFT_KINDS:
             raise CheckpointError(f"{where}: peft_type {word!s:.40} is not supported: expected {', '.join(PEFT_KINDS)}")
         kind, alpha = PEFT_KINDS[word]
         if values.get(alpha) is None:
@@ -79,6 +79,8 @@ def _patterns(values: Mapping[str, Any], key: str, where: str) -> Patterns:
     patterns = values.get(key) or {}
     if not isinstance(patterns, dict) or len(patterns) > _MOST_PATTERNS:
         raise CheckpointError(f"{where}: {key} is not {{name: number}} of at most {_MOST_PATTERNS} names")
+    if sum(len(_REPEAT.findall(pattern)) for pattern in patterns) > _ALL_REPEATS:
+        raise CheckpointError(f"{where}: {key} has more than {_ALL_REPEATS} repeats in all")
     return tuple((_compiled(p, key, where), _number(value, p, where)) for p, value in patterns.items())
 
 

@@ -1,0 +1,51 @@
+"""JSON from strangers, bounded before and after it is parsed."""
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+MAX_VALUES = 1_000_000  # in one text; the header of a published model has about 10,000
+MAX_DEPTH = 20
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text, UTF-8 where it is bytes; ValueError, its text on one line, for all that is wrong.
+
+    Wrong are, too, a name twice in one object, NaN, infinity, and more values or depth than any published file has.
+    """
+    try:
+        text = text if isinstance(text, str) else text.decode("utf-8")
+        # Every value but the outermost comes after one of these. Inside texts they count as well: all the earlier.
+        if sum(map(text.count, ",[{")) > MAX_VALUES:
+            raise ValueError(f"more than {MAX_VALUES} values")
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_number)
+    except RecursionError:
+        raise ValueError(f"nested deeper than {MAX_DEPTH}") from None
+    _check_depth(value)
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):  # readers differ in which one counts
+        raise ValueError(f"{_twice(name for name, _ in pairs)[:60]!r} is there twice")
+    return result
+
+
+def _twice(names: Iterable[str]) -> str:
+    seen: set[str] = set()
+    return next(name for name in names if name in seen or seen.add(name))
+
+
+def _no_number(word: str) -> Any:
+    raise ValueError(f"{word} is no number")
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [item for item in level if isinstance(item, dict | list)]
+        if not level:
+            return
+        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
+    raise ValueError(f"nested deeper than {MAX_DEPTH}")
