@@ -8,6 +8,7 @@ every exclamation mark of a prompt gets the padding's id), and T5's normalisatio
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,6 @@ import sentencepiece
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
-
-from weights.jsons import parse_json
 
 LONGEST_MESSAGE = 2000  # characters
 HINT = "--tokenizers FOLDER names a folder with tokenizer/, tokenizer_2/ and tokenizer_3/"
@@ -67,7 +66,9 @@ class PromptTokenizer:
             return cls.build(folder)
         except TokenizerError:
             raise
-        except (OSError, LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        except BaseException as error:
+            if not of_package(error):
+                raise
             raise TokenizerError(f"{folder}: not the files of a tokenizer: {one_line(error)}") from None
 
     @classmethod
@@ -98,7 +99,12 @@ class PromptTokenizer:
             text.encode()
         except UnicodeEncodeError:
             raise TokenizerError(f"the prompt {text!a} is not valid Unicode") from None
-        encoding = self.backend.encode(text, add_special_tokens=False)
+        try:
+            encoding = self.backend.encode(text, add_special_tokens=False)
+        except BaseException as error:
+            if not of_package(error):
+                raise
+            raise TokenizerError(f"the prompt {text!a} cannot be split: {one_line(error)}") from None
         if len(encoding.ids) <= room:
             return encoding.ids, ""
         return encoding.ids[:room], text[encoding.offsets[room][0] :].strip()
@@ -118,6 +124,9 @@ class CLIPTokenizer(PromptTokenizer):
         for token in special.values():
             if token.content not in vocab:
                 raise TokenizerError(f"{folder}: the vocabulary lacks the special token {token.content!r}")
+        strange = next((left + right for left, right in merges if left + right not in vocab), None)
+        if strange is not None:  # where it is longer than all tokens the package panics
+            raise TokenizerError(f"{folder}: merges that do not fit the vocabulary: it lacks {strange!r:.60}")
         try:
             model = models.BPE(
                 vocab=vocab,
@@ -282,11 +291,10 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; an empty one where there is no such file."""
     if not path.is_file():
         return {}
+    text = read_text(path)
     try:
-        content = parse_json(read_text(path))
-    except ValueError as error:
-        if isinstance(error, TokenizerError):
-            raise
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{path}: malformed JSON: {error}") from None
     if not isinstance(content, dict):
         raise TokenizerError(f"{path}: malformed, not a JSON object")
@@ -300,5 +308,10 @@ def read_text(path: Path) -> str:
         raise TokenizerError(f"{path}: malformed, not UTF-8 text") from None
 
 
-def one_line(error: Exception) -> str:
+def of_package(error: BaseException) -> bool:
+    """Whether an error can come of a tokenizer's files: the package raises bare Exceptions, and panics are none."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
