@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from mmdit.attention import chosen
 from mmdit.meter import peak_bytes
 from mmdit.model import MMDiT
 from mmdit.prepared import Prepared
@@ -197,7 +198,8 @@ class Planner:
             latents = torch.cat([torch.empty(size, device="meta")] * job.texts)
             return velocity(latents.to(self._dtype), torch.tensor(1.0)).float()
 
-        return self._once((size, job.texts, length), lambda: peak_bytes(step, on_meta(MMDiT, short, self._dtype)))
+        key = (size, job.texts, length, chosen())
+        return self._once(key, lambda: peak_bytes(step, on_meta(MMDiT, short, self._dtype)))
 
     def _once(self, key: tuple[object, ...], measure: Callable[[], int]) -> int:
         if key not in self._measured:

@@ -36,6 +36,9 @@ def make_parser() -> Parser:
             more["metavar"] = metadata["metavar"]
         if name != "prompt":
             more["default"] = f.default
+        if kind is bool:
+            parser.add_argument(name, action="store_true", help=metadata["help"])
+            continue
         if get_origin(types[f.name]) is tuple:
             more |= {"action": "append", "default": []}
         shown = "" if f.default in (None, "", ()) or name == "prompt" else " (default: %(default)s)"

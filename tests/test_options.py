@@ -24,6 +24,7 @@ prompt None what
 --height None H
 --steps None N
 --cfg None X
+--cfg-interval None LOW:HIGH
 --seed 0 S
 --count 1 N
 --t5 'on' on,off,omit
@@ -31,6 +32,8 @@ prompt None what
 --dtype 'auto' auto,bf16,fp16,fp32
 --device 'auto' auto,cpu,cuda,mps
 --memory 'auto' SIZE
+--attention 'auto' auto,sdpa,cores,flash,xformers,cudnn,math
+--compile False what
 --out 'out' FILE|FOLDER
 --dump None FILE.safetensors
 """
