@@ -1,18 +1,107 @@
-"""The transformer's one attention function: another backend goes here and nowhere else.
+"""The transformer's one attention function, and the choice of who computes it: another backend goes here alone.
 
 A probe of what attends to what needs no change: forward hooks on a block's `attn.ln_q` and `attn.ln_k` see its queries
 and keys, text and image apart.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
+
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from mmdit import cores
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention over all tokens, without mask, scaled by 1 / sqrt(head size).
 
-    q, k, v: `(B, N, heads, head size)`. Returns `(B, N, heads * head size)`.
+    q: `(B, N, heads, head size)`; k, v: `(B, M, heads, head size)`. Returns `(B, N, heads * head size)`.
     """
+    name = "sdpa" if q.is_meta and _chosen != "math" else _chosen
+    return rearrange(BACKENDS[name](q, k, v), "b n h d -> b n (h d)")
+
+
+@contextmanager
+def attention_by(name: str) -> Iterator[None]:
+    """Have `attention` computed by one of BACKENDS in what follows; `missing` tells whether it is there."""
+    global _chosen
+    before, _chosen = _chosen, name
+    try:
+        yield
+    finally:
+        _chosen = before
+
+
+def chosen() -> str:
+    return _chosen
+
+
+def missing(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a backend cannot be used for this device and dtype; None if it can."""
+    half = dtype in (torch.float16, torch.bfloat16)
+    package = {"flash": "flash_attn", "xformers": "xformers"}.get(name)
+    if package is not None and find_spec(package) is None:
+        return f"the package {package} is not installed"
+    if (package or name == "cudnn") and device.type != "cuda":
+        return f"it needs a CUDA device, this is {device.type}"
+    if name in ("flash", "cudnn") and not half:
+        return "it needs bf16 or fp16"
+    if name == "cudnn" and not torch.backends.cudnn.is_available():
+        return "this PyTorch has no cuDNN"
+    if name == "cores" and not cores.available(device, dtype):
+        return "it needs bf16 on a CPU whose oneDNN multiplies it"
+    return None
+
+
+# ---- the backends: q, k, v as above to (B, N, heads, head size) -----------------------------------
+
+
+def auto(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The fastest for what it is given: `cores` for bfloat16 on a CPU without gradients, else PyTorch's choice."""
+    gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    worth = q.shape[1] * k.shape[1] >= _MANY and cores.available(q.device, q.dtype) and not gradients
+    return cores.attend(q, k, v) if worth else sdpa(q, k, v)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (rearrange(t, "b n h d -> b h n d") for t in (q, k, v))
-    return rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
+    return rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n h d")
+
+
+def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return sdpa(q, k, v)
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return import_module("flash_attn").flash_attn_func(q, k, v)
+
+
+def xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return import_module("xformers.ops").memory_efficient_attention(q, k, v)
+
+
+def math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The formula, in float32 at least; its table of scores `(B, heads, N, M)` is there as a whole."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = torch.einsum("bnhd,bmhd->bhnm", q.to(wide), k.to(wide)) * q.shape[-1] ** -0.5
+    return torch.einsum("bhnm,bmhd->bnhd", scores.softmax(dim=-1), v.to(wide)).to(q.dtype)
+
+
+BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "auto": auto,
+    "sdpa": sdpa,
+    "cores": cores.attend,
+    "flash": flash,
+    "xformers": xformers,
+    "cudnn": cudnn,
+    "math": math,
+}
+_chosen = "auto"
+_MANY = 1 << 18  # scores of a head that are worth handing to another thread

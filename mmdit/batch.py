@@ -11,9 +11,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from mmdit.attention import attention_by
 from mmdit.memory import Job, Plan, budget_of
 from mmdit.residency import Mode
-from mmdit.settings import Settings, SettingsError
+from mmdit.settings import Settings, SettingsError, interval_of
 from samplers import Step, euler, shifted_sigmas
 from text_encoders import Conditioning
 
@@ -39,11 +40,13 @@ class Kind(NamedTuple):
     cfg: float
     t5_length: int
     memory: str
+    cfg_interval: str | None
+    attention: str
 
     @classmethod
     def of(cls, s: Settings) -> Kind:
         assert s.width and s.height and s.steps and s.t5_length and s.cfg is not None
-        return cls(s.width, s.height, s.steps, s.cfg, s.t5_length, s.memory)
+        return cls(s.width, s.height, s.steps, s.cfg, s.t5_length, s.memory, s.cfg_interval, s.attention)
 
 
 def texts_of(s: Settings) -> list[Text]:
@@ -193,8 +196,10 @@ class Drawing:
                 some = pictures[i : i + pipe.plan.batch]
                 cond, *uncond = (together(row, texts) for row in zip(*map(texts_of, some)))
                 x = pipe.noise(kind.width, kind.height, [s.seed for s in some]).to(pipe.device)
-                velocity = pipe.velocity(cond, *uncond, cfg=kind.cfg, count=len(some), sigmas=sigmas[:-1].tolist())
-                ends.append(euler(velocity, x, sigmas, watch))
+                known, interval = sigmas[:-1].tolist(), interval_of(kind.cfg_interval)
+                velocity = pipe.velocity(cond, *uncond, cfg=kind.cfg, count=len(some), sigmas=known, interval=interval)
+                with attention_by(kind.attention):
+                    ends.append(euler(velocity, x, sigmas, watch))
             return torch.cat(ends)
 
         self.tell("draw")

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from mmdit.attention import missing
+from mmdit.compiled import lacking
 from mmdit.config import MMDiTConfig
 from mmdit.defaults import default_settings
 from mmdit.model import MMDiT
@@ -68,6 +70,7 @@ def load_parts(settings: Settings) -> Parts:
     """
     device, dtype = device_of(settings), dtype_of(settings)
     settings.resolved({})  # mistakes first: a model may have to be fetched
+    check_there(settings, device, dtype)
     wanted = [name for name in MODULES if name != "t5" or settings.t5 == "on"]
     checkpoint = open_model(settings, wanted)
     components = {"transformer": checkpoint.component("transformer")}
@@ -235,6 +238,16 @@ def device_of(settings: Settings) -> torch.device:
         there = ", ".join(name for name, there in available.items() if there)
         raise SettingsError(f"device {settings.device} is not available here: there is {there}")
     return torch.device(settings.device)
+
+
+def check_there(settings: Settings, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise SettingsError where the attention or the compiler that the settings ask for is not there."""
+    reason = missing(settings.attention, device, dtype)
+    if reason is not None:
+        raise SettingsError(f"attention {settings.attention} cannot be used: {reason}")
+    reason = lacking(device) if settings.compile else None
+    if reason is not None:
+        raise SettingsError(f"compile cannot be used: {reason}")
 
 
 def dtype_of(settings: Settings) -> torch.dtype:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from mmdit.attention import chosen
 from mmdit.meter import peak_bytes
 from mmdit.model import MMDiT
 from mmdit.prepared import Prepared
@@ -221,7 +222,7 @@ class Planner:
             return velocity(latents.to(self._dtype), torch.tensor(1.0)).float()
 
         model = network.change(on_meta(MMDiT, short, self._dtype))
-        return self._once((size, job.texts, texts, length), lambda: peak_bytes(step, model))
+        return self._once((size, job.texts, texts, length, chosen()), lambda: peak_bytes(step, model))
 
     def _once(self, key: tuple[object, ...], measure: Callable[[], int]) -> int:
         if key not in self._measured:

@@ -127,8 +127,8 @@ class JointBlock(nn.Module):
         x_qkv = self.x_block.to_qkv(x, x_modulation)  # 3 x (B, N, H, D / H)
         context_qkv = self.context_block.to_qkv(context, context_modulation)  # 3 x (B, M, H, D / H)
         q, k, v = (torch.cat(pair, dim=1) for pair in zip(context_qkv, x_qkv))
-        attended = attention(q, k, v)  # (B, M + N, D)
-        context_attended, x_attended = attended.split([context.shape[1], x.shape[1]], dim=1)
+        attended = attention(q, k, v)  # (B, M + N, D); in the last block, whose context asks nothing, (B, N, D)
+        context_attended, x_attended = attended.split([q.shape[1] - x.shape[1], x.shape[1]], dim=1)
         return context_attended, x_attended
 
 
@@ -152,12 +152,12 @@ class Block(nn.Module):
 
     def to_qkv(self, x: Tensor, modulation: Modulation) -> tuple[Tensor, Tensor, Tensor]:
         shift, scale, *_ = modulation
-        return self.attn.to_qkv(modulate(self.norm1(x), shift, scale))
+        return self.attn.to_qkv(self.norm1(x, shift, scale))
 
     def finish(self, x: Tensor, attended: Tensor, modulation: Modulation) -> Tensor:
         _, _, gate, shift_mlp, scale_mlp, gate_mlp = modulation
-        x = x + gate * self.attn.proj(attended)
-        return x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+        x = torch.addcmul(x, gate, self.attn.proj(attended))
+        return torch.addcmul(x, gate_mlp, self.mlp(self.norm2(x, shift_mlp, scale_mlp)))
 
 
 class DualBlock(Block):
@@ -171,9 +171,9 @@ class DualBlock(Block):
 
     def finish(self, x: Tensor, attended: Tensor, modulation: Modulation) -> Tensor:
         _, _, gate, shift_mlp, scale_mlp, gate_mlp, shift2, scale2, gate2 = modulation
-        attended2 = attention(*self.attn2.to_qkv(modulate(self.norm1(x), shift2, scale2)))
-        x = x + gate * self.attn.proj(attended) + gate2 * self.attn2.proj(attended2)
-        return x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+        attended2 = attention(*self.attn2.to_qkv(self.norm1(x, shift2, scale2)))
+        x = torch.addcmul(torch.addcmul(x, gate, self.attn.proj(attended)), gate2, self.attn2.proj(attended2))
+        return torch.addcmul(x, gate_mlp, self.mlp(self.norm2(x, shift_mlp, scale_mlp)))
 
 
 class LastContextBlock(nn.Module):
@@ -192,7 +192,8 @@ class LastContextBlock(nn.Module):
 
     def to_qkv(self, x: Tensor, modulation: Modulation) -> tuple[Tensor, Tensor, Tensor]:
         shift, scale = modulation
-        return self.attn.to_qkv(modulate(self.norm1(x), shift, scale))
+        q, k, v = self.attn.to_qkv(self.norm1(x, shift, scale))
+        return q[:, :0], k, v
 
     def finish(self, x: Tensor, attended: Tensor, modulation: Modulation) -> Tensor:  # noqa: ARG002
         return x
@@ -243,7 +244,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, modulation: Modulation) -> Tensor:
         shift, scale = modulation
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        return self.linear(self.norm_final(x, shift, scale))
 
 
 class PatchEmbed(nn.Module):
@@ -269,11 +270,15 @@ class Embedder(nn.Module):
         return self.mlp(x)
 
 
-class LayerNorm(nn.LayerNorm):
-    """Without weights of its own; scale and shift come from the modulation."""
+class LayerNorm(nn.Module):
+    """Without weights of its own; scale and shift come from the modulation, each `(B, 1, D)`."""
 
     def __init__(self, width: int) -> None:
-        super().__init__(width, eps=1e-6, elementwise_affine=False)
+        super().__init__()
+        self.width = width
+
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        return torch.addcmul(shift, F.layer_norm(x, (self.width,), eps=1e-6), 1 + scale)
 
 
 def timestep_waves(timestep: Tensor) -> Tensor:
@@ -284,10 +289,6 @@ def timestep_waves(timestep: Tensor) -> Tensor:
     exponents = torch.arange(128, dtype=torch.float32, device=timestep.device) / 128
     angles = timestep.float()[:, None] * torch.exp(-math.log(10000.0) * exponents)  # (B, 128)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return x * (1 + scale) + shift
 
 
 def crop_positions(table: Tensor, rows: int, columns: int) -> Tensor:

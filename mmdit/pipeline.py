@@ -18,13 +18,16 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from mmdit.attention import attention_by
 from mmdit.batch import Drawing
-from mmdit.loading import DTYPES, Parts, load_parts
+from mmdit.compiled import compile_model
+from mmdit.loading import DTYPES, Parts, check_there, load_parts
 from mmdit.memory import Job, Plan, Planner, budget_of
 from mmdit.model import MMDiT
+from mmdit.onednn import by_onednn
 from mmdit.prepared import Prepared
 from mmdit.residency import Residency
-from mmdit.settings import LOADED, Settings, SettingsError, alone, check_size, settings_from, split_lora
+from mmdit.settings import LOADED, Settings, SettingsError, alone, check_size, interval_of, settings_from, split_lora
 from samplers import Step, classifier_free_guidance, euler, shifted_sigmas
 from samplers.guidance import Velocity
 from text_encoders import Conditioning, TokenizerError
@@ -71,6 +74,10 @@ class Pipeline:
         self.residency, self.planner = Residency(networks), Planner(networks, self.device, self.dtype)
         for path, scale in map(split_lora, settings.lora):
             self.adapters.add(path, scale)
+        if self.device.type == "cpu":
+            by_onednn(self.transformer)
+        if settings.compile:
+            compile_model(self.transformer, self.device)
         self.follow(self.plan_for(settings.resolved(self.defaults)))
 
     @classmethod
@@ -147,8 +154,9 @@ class Pipeline:
             bar.total, ends = steps * len(parts), []
             for i, x in enumerate(parts):
                 watch = Watch(self, bar, steps, trace, first=i == 0)
-                velocity = self.velocity(cond, uncond, cfg, len(x), sigmas[:-1].tolist())
-                ends.append(euler(velocity, x.to(self.device), sigmas, watch))
+                velocity = self.velocity(cond, uncond, cfg, len(x), sigmas[:-1].tolist(), interval_of(s.cfg_interval))
+                with attention_by(s.attention):
+                    ends.append(euler(velocity, x.to(self.device), sigmas, watch))
             return torch.cat(ends)
 
         def decode(bar: tqdm) -> Tensor:
@@ -173,7 +181,8 @@ class Pipeline:
 
     def plan_for(self, s: Settings) -> Plan:
         """The fastest plan that draws by these settings within their `memory`; SettingsError where none does."""
-        return self.planner.plan(self.job(s), budget_of(s.memory, self.device))
+        with attention_by(s.attention):
+            return self.planner.plan(self.job(s), budget_of(s.memory, self.device))
 
     def job(self, s: Settings) -> Job:
         assert s.width and s.height and s.steps and s.t5_length
@@ -228,6 +237,7 @@ class Pipeline:
                 raise SettingsError(f"{name} is fixed when the model is loaded: give it to Pipeline.load")
         settings = settings.resolved(self.defaults)
         check_size(settings, self.transformer.config, self.vae.config.downscale)
+        check_there(settings, self.device, self.dtype)
         return settings
 
     @torch.no_grad()
@@ -253,12 +263,13 @@ class Pipeline:
         cfg: float = 1.0,
         count: int = 1,
         sigmas: Iterable[float] = (),
+        interval: tuple[float, float] = (0.0, 1.0),
     ) -> Velocity:
         """What a sampler integrates: a function of latents `(count, C, h, w)` and sigma, float32 in and out.
 
         cond, uncond: texts of batch 1 or `count`; without `uncond` there is no guidance. sigmas: the noise levels that
-        the sampler will ask for, if they are known; they are prepared together. Gradients with respect to the latents
-        flow.
+        the sampler will ask for, if they are known; they are prepared together. interval: the noise levels, least and
+        greatest, at which there is guidance. Gradients with respect to the latents flow.
         """
         texts = (cond,) if uncond is None else (cond, uncond)
         rows = max(len(t.pooled) for t in texts)
@@ -271,7 +282,7 @@ class Pipeline:
             self.residency.use("transformer")
             return prepared(x.to(self.dtype), sigma).float()
 
-        return velocity if uncond is None else classifier_free_guidance(velocity, cfg)
+        return velocity if uncond is None else classifier_free_guidance(velocity, cfg, interval)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

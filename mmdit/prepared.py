@@ -29,14 +29,20 @@ class Prepared:
         self._learn(list(dict.fromkeys(sigmas)))
 
     def __call__(self, latent: Tensor, sigma: Tensor) -> Tensor:
-        """latent: `(T count, C, h, w)`. sigma: a scalar, best on the CPU: reading it must not wait for the GPU."""
+        """latent: `(T count, C, h, w)`, or fewer, for the first texts alone.
+
+        sigma: a scalar, best on the CPU: reading it must not wait for the GPU.
+        """
         level, size = float(sigma), self.model.tokens(latent)
         if level not in self._known:
             self._learn([level])
         if size not in self._positions:
             self._positions[size] = crop_positions(self.model.pos_embed, *size).to(latent)
-        told = [tuple(tuple(self._spread(t) for t in part) for part in parts) for parts in self._known[level]]
-        return self.model.flow(latent, self._positions[size], self.context, told)
+        told = [
+            tuple(tuple(self._spread(t[: len(latent) // self.count]) for t in part) for part in parts)
+            for parts in self._known[level]
+        ]
+        return self.model.flow(latent, self._positions[size], self.context[: len(latent)], told)
 
     def _spread(self, told: Tensor) -> Tensor:
         return told if self.count == 1 else told.repeat_interleave(self.count, dim=0)

@@ -40,6 +40,9 @@ def make_parser() -> Parser:
         more = {"choices": metadata["choices"]} if "choices" in metadata else {}
         if "metavar" in metadata:
             more["metavar"] = metadata["metavar"]
+        if kind is bool:
+            parser.add_argument(name, action="store_true", help=metadata["help"])
+            continue
         more |= {"nargs": "?"} if name == "prompt" else {"default": f.default}
         if get_origin(types[f.name]) is tuple:
             more |= {"action": "append", "default": []}

@@ -17,6 +17,9 @@ def _setting(default: Any, help: str, **more: Any) -> Any:
     return field(default=default, metadata={"help": help, **more})
 
 
+ATTENTIONS = ("auto", "sdpa", "cores", "flash", "xformers", "cudnn", "math")  # those of mmdit.attention
+
+
 @dataclass(frozen=True)
 class Settings:
     """Everything a picture depends on, and where it goes. None stands for the model's own default."""
@@ -44,6 +47,10 @@ class Settings:
     cfg: float | None = _setting(
         None, "guidance scale; 1 is without guidance, at half the cost (default: the model's own)", metavar="X"
     )
+    cfg_interval: str | None = _setting(
+        None, "guide only where the share of noise lies between these, as 0.2:0.9; the other steps cost half",
+        metavar="LOW:HIGH",
+    )  # fmt: skip
     seed: int = _setting(0, "seed of the first picture; picture i has seed S + i", metavar="S")
     count: int = _setting(1, "number of pictures", metavar="N")
     t5: str = _setting(
@@ -61,6 +68,8 @@ class Settings:
     memory: str = _setting(
         "auto", "what the device may be loaded with, as 4GB; auto: most of what is free", metavar="SIZE"
     )
+    attention: str = _setting("auto", "who computes attention; auto: the fastest that is there", choices=ATTENTIONS)
+    compile: bool = _setting(False, "compile the transformer: the first steps wait, later ones and other runs gain")
     out: str = _setting("out", "PNG file, or folder for files named after prompt and seed", metavar="FILE|FOLDER")
     prompts: str | None = _setting(
         None, "draw a list: a prompt a line, or JSON lines with any setting of a picture; what is there is skipped",
@@ -99,6 +108,9 @@ class Settings:
                 raise SettingsError(f"{name} is {value!a}: not valid Unicode")
         for text in self.lora:
             split_lora(text)
+        interval_of(self.cfg_interval)
+        if not isinstance(self.compile, bool):
+            raise SettingsError(f"compile is {self.compile!r}: expected True or False")
         for name in ("steps", "count", "width", "height"):
             value = getattr(self, name)
             if not whole(value) or value < 1:
@@ -147,12 +159,26 @@ def split_lora(text: str) -> tuple[str, float]:
     return path, scale
 
 
+def interval_of(text: str | None) -> tuple[float, float]:
+    """What `cfg_interval` names, LOW:HIGH, as two shares of noise; SettingsError for what is none, None for all."""
+    if text is None:
+        return 0.0, 1.0
+    try:
+        low, high = map(float, text.split(":"))
+    except (AttributeError, ValueError):
+        low, high = 1.0, 0.0
+    if not 0 <= low <= high <= 1:
+        raise SettingsError(f"cfg_interval is {text!r}: expected LOW:HIGH, shares of noise from 0 to 1, as in 0.2:0.9")
+    return low, high
+
+
 def whole(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 # What was given to loading and cannot change between two pictures.
-LOADED = ("model", "clip_l", "clip_g", "t5xxl", "vae", "tokenizers", "lora", "t5", "dtype", "quantise", "device")
+_MODEL = ("model", "clip_l", "clip_g", "t5xxl", "vae", "tokenizers", "lora", "t5")
+LOADED = (*_MODEL, "dtype", "quantise", "device", "compile")
 
 SD35_MEDIUM_DEFAULTS: dict[str, Any] = {
     "width": 1024,

@@ -55,6 +55,20 @@ def test_guidance_0_draws_the_negative_and_1_the_prompt(folder: Path) -> None:
     assert relative_error(guided["latents.2"], trace["latents.2"]) > 1e-3
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_guidance_in_an_interval_is_the_prompt_alone_outside_it(folder: Path, count: int) -> None:
+    """Of three steps, at shares of noise 1, 0.75 and 0.009, the second is guided; step by step by both velocities."""
+    pipeline, trace = latents(folder, "on", "fp32", "cpu", cfg_interval="0.5:0.9", count=count)
+    cond, uncond = (pipeline.encode([text], 20) for text in ("a horse", ""))
+    alone, guided = pipeline.velocity(cond, count=count), pipeline.velocity(cond, uncond, 3.0, count)
+    x, sigmas = trace["noise"], trace["sigmas"]
+    assert [0.5 <= float(s) <= 0.9 for s in sigmas[:-1]] == [False, True, False]
+    for i, velocity in enumerate((alone, guided, alone)):
+        with torch.no_grad():
+            x = x + (sigmas[i + 1] - sigmas[i]) * velocity(x, sigmas[i])
+        assert relative_error(trace[f"latents.{i}"], x) <= 1e-5
+
+
 def test_texts_in_one_pass_are_the_texts_alone(folder: Path) -> None:
     pipeline = Pipeline.load(folder, dtype="fp32", device="cpu")
     both = pipeline.encode(["a horse", "a bear"], 20)

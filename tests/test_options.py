@@ -24,6 +24,7 @@ prompt None what
 --height None H
 --steps None N
 --cfg None X
+--cfg-interval None LOW:HIGH
 --seed 0 S
 --count 1 N
 --t5 'on' on,off,omit
@@ -32,6 +33,8 @@ prompt None what
 --quantise 'none' none,int8,fp8
 --device 'auto' auto,cpu,cuda,mps
 --memory 'auto' SIZE
+--attention 'auto' auto,sdpa,cores,flash,xformers,cudnn,math
+--compile False what
 --out 'out' FILE|FOLDER
 --prompts None FILE
 --dump None FILE.safetensors

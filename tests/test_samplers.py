@@ -213,3 +213,21 @@ def test_guidance_inside_euler() -> None:
     end = euler(classifier_free_guidance(velocity, 4.5), x, sigmas)
     assert sizes == [4] * 28
     assert relative_error(end, euler(lambda x, _: 8.0 * x, x, sigmas)) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("interval", "guided"),
+    [((0.0, 1.0), [1, 1, 1, 1]), ((0.2, 0.75), [0, 1, 1, 0]), ((0.5, 0.5), [0, 0, 1, 0]), ((0.8, 0.9), [0, 0, 0, 0])],
+)
+def test_guidance_in_an_interval(interval: tuple[float, float], guided: list[int]) -> None:
+    """Outside it one call on the batch as it is; bounds belong to it. cond 3 x, uncond x: guided (1 + 2 scale) x."""
+    sizes = []
+
+    def velocity(x: Tensor, _: Tensor) -> Tensor:
+        sizes.append(len(x))
+        return 3 * x if len(x) == 2 else torch.cat([3 * x[:2], x[2:]])
+
+    x, found = torch.tensor([[1.0], [-2.0]]), classifier_free_guidance(velocity, 4.0, interval)
+    for sigma, inside in zip((1.0, 0.75, 0.5, 0.1), guided):
+        assert torch.equal(found(x, torch.tensor(sigma)), (9 if inside else 3) * x)
+    assert sizes == [4 if inside else 2 for inside in guided]

@@ -1,0 +1,73 @@
+"""Attention for CPUs in bfloat16: every core takes a head at a time, its scores in its own cache.
+
+PyTorch's fused kernel multiplies by a library that leaves the matrix instructions of many CPUs unused; oneDNN, behind
+its plain products, uses them. The scores are float32 as in the fused kernel: a product of float32 matrices with
+`fp32_precision` "bf16" rounds what goes in, which is bfloat16 already, and nothing else.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache, lru_cache
+from threading import Barrier
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_SCORES = 1 << 20  # of one core at a time: 4 MB, and half as much in bfloat16
+
+
+@cache
+def available(device: torch.device, dtype: torch.dtype) -> bool:
+    there = hasattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision")
+    return device.type == "cpu" and dtype == torch.bfloat16 and there and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As `mmdit.attention.attention`, to `(B, N, heads, head size)`, without gradients."""
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    heads = iter([tuple(t[b, :, h] for t in (q, k, v, out)) for b in range(q.shape[0]) for h in range(q.shape[2])])
+    threads = torch.get_num_threads()
+    with rounded_products():
+        for done in [workers(threads).submit(work, heads, q.shape[1], k.shape[1]) for _ in range(threads)]:
+            done.result()
+    return out
+
+
+@torch.no_grad()
+def work(heads: Iterator[tuple[Tensor, ...]], n: int, m: int) -> None:
+    """Take heads, of n queries and m keys, until none is left: q, k, v and, to be filled, the result."""
+    blocks = -(-n // max(1, _SCORES // m))
+    rows = -(-n // blocks)
+    table, shares = torch.empty(rows, m), torch.empty(rows, m, dtype=torch.bfloat16)
+    for q, k, v, out in heads:
+        k = k.float().T  # (d, M)
+        for queries, result in zip(q.split(rows), out.split(rows)):
+            scores, share = table[: len(queries)], shares[: len(queries)]
+            torch.addmm(scores, queries.float(), k, beta=0, alpha=q.shape[1] ** -0.5, out=scores)
+            torch.softmax(scores, dim=-1, out=scores)
+            result.copy_(share.copy_(scores) @ v)
+
+
+@lru_cache(maxsize=1)
+def workers(count: int) -> ThreadPoolExecutor:
+    """Threads in which PyTorch computes alone: the number of its threads is a thread's own, and set for new ones."""
+    pool = ThreadPoolExecutor(count, thread_name_prefix="head", initializer=torch.set_num_threads, initargs=(1,))
+    ready = Barrier(count)
+    for future in [pool.submit(ready.wait) for _ in range(count)]:
+        future.result()
+    torch.set_num_threads(count)
+    return pool
+
+
+@contextmanager
+def rounded_products() -> Iterator[None]:
+    """Float32 matrices multiplied in bfloat16, added up in float32; a setting of the whole process."""
+    matmul: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

@@ -1,0 +1,114 @@
+"""Every attention that is there against the formula in float64; the others are refused by name."""
+
+import importlib.util
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmdit import cores
+from mmdit.attention import BACKENDS, attention, attention_by, chosen, missing
+from mmdit.settings import ATTENTIONS
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(1, 1, 1, 1, 8), (2, 37, 53, 3, 64), (1, 515, 521, 2, 64), (3, 700, 640, 1, 40)]  # B, N, M, heads, size
+AUTO = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
+THERE = [
+    (name, device, dtype)
+    for name, device, dtype in itertools.product(BACKENDS, DEVICES, DTYPES)
+    if missing(name, torch.device(device), dtype) is None
+]
+
+
+def draw(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries of two kinds of rows: those that look at all keys alike, and those that pick a few."""
+    b, n, m, heads, size = shape
+    generator = torch.Generator().manual_seed(n)
+    q, k, v = (torch.randn(b, rows, heads, size, generator=generator) for rows in (n, m, m))
+    q[:, ::2] *= 4
+    return q.to(device, dtype), k.to(device, dtype), v.to(device, dtype)
+
+
+def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k / sqrt(size)) v, one head at a time, in float64."""
+    out = torch.empty(q.shape, dtype=torch.float64)
+    for b, h in itertools.product(range(q.shape[0]), range(q.shape[2])):
+        scores = q[b, :, h].cpu().double() @ k[b, :, h].cpu().double().T / q.shape[-1] ** 0.5
+        weights = (scores - scores.amax(1, keepdim=True)).exp()
+        out[b, :, h] = weights @ v[b, :, h].cpu().double() / weights.sum(1, keepdim=True)
+    return out.flatten(2)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("name", "device", "dtype"), THERE)
+def test_attention_is_the_formula(name: str, device: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    q, k, v = draw(shape, dtype, device)
+    with attention_by(name):
+        found = attention(q, k, v)
+    expected = written_out(q, k, v)
+    assert found.dtype == dtype and found.shape == expected.shape
+    assert float((found.cpu().double() - expected).norm() / expected.norm()) <= AUTO[dtype]
+
+
+@pytest.mark.skipif(not cores.available(torch.device("cpu"), torch.bfloat16), reason="needs bfloat16 in oneDNN")
+@pytest.mark.parametrize("scores", [1 << 9, 1 << 12, 1 << 20])
+def test_cores_with_any_number_of_rows_at_a_time(scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that do not divide the queries, on slices of one projection; the process is left as it was."""
+    monkeypatch.setattr(cores, "_SCORES", scores)
+    before = (torch.get_num_threads(), torch.backends.mkldnn.matmul.fp32_precision)
+    q, k, v = torch.randn(2, 131, 3, 5, 64, generator=torch.Generator().manual_seed(0)).bfloat16().unbind(2)
+    found = cores.attend(q, k, v).flatten(2).double()
+    expected = written_out(q, k, v)
+    assert float((found - expected).norm() / expected.norm()) <= 4e-3
+    assert (torch.get_num_threads(), torch.backends.mkldnn.matmul.fp32_precision) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_flow_by_the_default(dtype: torch.dtype) -> None:
+    q, k, v = (t.requires_grad_() for t in draw((1, 530, 540, 2, 64), dtype, "cpu"))
+    direction = torch.randn(1, 530, 128, generator=torch.Generator().manual_seed(1))
+    found = torch.autograd.grad((attention(q, k, v).float() * direction).sum(), (q, k, v))
+    doubles = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    scores = torch.einsum("bnhd,bmhd->bhnm", doubles[0], doubles[1]) / 8
+    exact = torch.einsum("bhnm,bmhd->bnhd", scores.softmax(-1), doubles[2]).flatten(2)
+    expected = torch.autograd.grad((exact * direction).sum(), doubles)
+    for one, other in zip(found, expected):
+        assert float((one.double() - other).norm() / other.norm()) <= (1e-5 if dtype == torch.float32 else 0.02)
+
+
+def test_a_choice_ends_with_its_block() -> None:
+    with pytest.raises(KeyError), attention_by("math"):
+        raise KeyError(chosen())
+    assert chosen() == "auto"
+    with attention_by("math"):
+        assert chosen() == "math"
+
+
+def test_settings_name_the_backends() -> None:
+    assert tuple(BACKENDS) == ATTENTIONS
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "dtype", "installed", "reason"),
+    [
+        ("flash", "cuda", torch.bfloat16, False, "the package flash_attn is not installed"),
+        ("xformers", "cuda", torch.bfloat16, False, "the package xformers is not installed"),
+        ("flash", "cpu", torch.bfloat16, True, "it needs a CUDA device, this is cpu"),
+        ("xformers", "mps", torch.float16, True, "it needs a CUDA device, this is mps"),
+        ("flash", "cuda", torch.float32, True, "it needs bf16 or fp16"),
+        ("cudnn", "cpu", torch.bfloat16, True, "it needs a CUDA device, this is cpu"),
+        ("cudnn", "cuda", torch.float32, True, "it needs bf16 or fp16"),
+        ("cores", "cpu", torch.float32, True, "it needs bf16 on a CPU whose oneDNN multiplies it"),
+        ("cores", "cuda", torch.bfloat16, True, "it needs bf16 on a CPU whose oneDNN multiplies it"),
+        ("xformers", "cuda", torch.float32, True, None),
+        ("sdpa", "cpu", torch.float32, False, None),
+        ("math", "mps", torch.float16, False, None),
+    ],
+)
+def test_what_is_missing_is_told(
+    name: str, device: str, dtype: torch.dtype, installed: bool, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mmdit.attention.find_spec", lambda _: importlib.util.find_spec("sys") if installed else None)
+    assert missing(name, torch.device(device), dtype) == reason

@@ -1,0 +1,170 @@
+"""The same velocity by compiled code, by oneDNN's functions and by both, whatever becomes of the weights meanwhile."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from reference import Inputs, draw, relative_error, rounded, transformers
+from torch import Tensor, nn
+
+from benchmarks.emoji.tokenizers import write_tokenizers
+from benchmarks.random_checkpoint import write_checkpoint
+from mmdit import Pipeline, Settings
+from mmdit.attention import attention_by
+from mmdit.compiled import compile_blocks, compile_norms, lacking
+from mmdit.config import TOY
+from mmdit.model import MMDiT
+from mmdit.onednn import by_onednn
+
+CPU = torch.device("cpu")
+DEEP = replace(TOY, hidden_size=192, num_heads=3, depth=5, dual_attention_blocks=(0, 1))
+PLAIN = replace(TOY, qk_norm=False, dual_attention_blocks=(), depth=3)
+compiler = pytest.mark.skipif(lacking(CPU) is not None, reason="needs a C++ compiler")
+# The compiler's own packages warn of what is to change in PyTorch.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning:torch.*"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _forget() -> None:
+    """Past a number of shapes PyTorch compiles no more: every test begins anew."""
+    torch._dynamo.reset()
+
+
+def whole(model: MMDiT) -> None:
+    """What is done on a GPU, by a compiler that is there anywhere."""
+    compile_blocks(model, backend="aot_eager")
+
+
+WAYS = [pytest.param(compile_norms, marks=compiler), whole, by_onednn]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("config", [DEEP, PLAIN])
+def test_float32_velocity_is_the_same(config: Any, way: Callable[[MMDiT], None]) -> None:
+    """In several sizes, so that what was compiled for one is not taken for another."""
+    plain, _ = transformers(config)
+    model = copy.deepcopy(plain)
+    way(model)
+    for rows, columns, tokens, sigmas in (
+        (10, 6, 77, (0.98, 0.11)),
+        (18, 26, 154, (0.3,)),
+        (2, 14, 9, (1.0, 0.2, 0.1)),
+    ):
+        inputs = draw(config, rows, columns, tokens, sigmas)
+        assert relative_error(model(*inputs), plain(*inputs)) <= 1e-6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("ways", [(by_onednn,), pytest.param((by_onednn, compile_norms), marks=compiler)])
+@pytest.mark.parametrize("backend", ["auto", "sdpa"])
+def test_bfloat16_is_no_further_from_the_exact_velocity(
+    backend: str, ways: tuple[Callable[[MMDiT], None], ...]
+) -> None:
+    """Errors against float64 on the same rounded weights, mean over seeds, beside diffusers' own."""
+    config = replace(DEEP, pos_embed_max_size=64)
+    ours_off, theirs_off = 0.0, 0.0
+    for seed in range(3):
+        ours, theirs, exact = rounded(transformers(config, seed), torch.bfloat16)
+        for way in ways:
+            way(ours)
+        latent, sigma, context, pooled = draw(config, 46, 46 + 2 * seed, 77, (0.98738, 0.11))
+        inputs = Inputs(latent.bfloat16(), sigma, context.bfloat16(), pooled.bfloat16())
+        doubles = [t.double() for t in inputs]
+        expected = exact(doubles[0], doubles[2], doubles[3], 1000 * doubles[1], return_dict=False)[0]
+        other = theirs(inputs.latent, inputs.context, inputs.pooled, 1000 * sigma, return_dict=False)[0]
+        with attention_by(backend):
+            ours_off += relative_error(ours(*inputs), expected)
+        theirs_off += relative_error(other, expected)
+    assert ours_off <= 1.05 * theirs_off
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_gradient_of_the_latent_is_the_same(way: Callable[[MMDiT], None]) -> None:
+    plain, _ = transformers(DEEP)
+    model = copy.deepcopy(plain)
+    way(model)
+    inputs = draw(DEEP, 10, 6, 77, (0.98738, 0.11))
+
+    def gradient(which: nn.Module) -> Tensor:
+        latent = inputs.latent.clone().requires_grad_()
+        return torch.autograd.grad(which(*inputs._replace(latent=latent)).square().sum(), latent)[0]
+
+    assert relative_error(gradient(model), gradient(plain)) <= 1e-5
+
+
+@torch.no_grad()
+def test_blocks_share_a_compilation_for_each_kind() -> None:
+    """Dual, plain and last are three kinds, however many blocks there are."""
+    from torch._dynamo.testing import CompileCounter
+
+    model = copy.deepcopy(transformers(DEEP)[0])
+    counter = CompileCounter()
+    compile_blocks(model, backend=counter)
+    model(*draw(DEEP, 10, 6, 77, (0.5,)))
+    assert counter.frame_count == 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("compiled")
+    write_tokenizers(root / "tokenizers", captions=2000)
+    more: dict[str, Any] = {"tokenizers": root / "tokenizers", "clip_vocab": 1024, "t5_vocab": 512}
+    return write_checkpoint(root / "toy", dtype="fp32", **more)
+
+
+@compiler
+def test_compiled_pipelines_draw_the_same_streamed_and_with_adapters(folder: Path, tmp_path: Path) -> None:
+    """In float32, by weights that come and go, and that change after the compilation."""
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(0)
+    name = "transformer.transformer_blocks.0.attn.norm_q"
+    tensors = {
+        "transformer.transformer_blocks.0.ff.net.2.lora_A.weight": torch.randn(3, 512, generator=generator),
+        "transformer.transformer_blocks.0.ff.net.2.lora_B.weight": torch.randn(128, 3, generator=generator),
+        f"{name}.w_norm": torch.randn(64, generator=generator),
+    }
+    save_file(tensors, tmp_path / "a.safetensors")
+    plain, made = (Pipeline.load(folder, dtype="fp32", device="cpu", compile=c) for c in (False, True))
+    own = {"prompt": "a horse", "width": 96, "height": 64, "steps": 2, "t5_length": 20}
+
+    def latents(pipeline: Pipeline) -> Tensor:
+        trace: dict[str, Tensor] = {}
+        pipeline.run(replace(pipeline.settings, **own), trace)
+        return trace["latents.1"]
+
+    before = latents(plain)
+    assert relative_error(latents(made), before) <= 1e-5
+    for pipeline in (plain, made):
+        pipeline.adapters.add(tmp_path / "a.safetensors", 0.1)
+    after = latents(plain)
+    assert relative_error(after, before) > 1e-3
+    plan = replace(made.plan, modes=made.planner.ladder()[-1])
+    made.plan_for = lambda _: plan
+    assert relative_error(latents(made), after) <= 1e-5
+
+
+def test_compilation_without_a_compiler_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(
+        ValueError, match=r"^compile cannot be used: it needs a C\+\+ compiler, and there is no no-such"
+    ):
+        Pipeline.load(folder, device="cpu", compile=True)
+    monkeypatch.setattr("mmdit.compiled.find_spec", lambda _: None)
+    assert lacking(torch.device("cuda")) == "it needs the package triton"
+    assert lacking(torch.device("mps")) == "there is no compiler for mps"
+
+
+def test_what_is_missing_is_refused_before_anything_is_read() -> None:
+    """The model that is named does not exist, which would be the next thing to be told."""
+    for own in ({"attention": "flash"}, {"attention": "xformers"}, {"attention": "cudnn"}):
+        with pytest.raises(ValueError, match=f"^attention {own['attention']} cannot be used: "):
+            Pipeline.from_settings(Settings(model="no/such/folder", device="cpu", **own))
