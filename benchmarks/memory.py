@@ -73,6 +73,9 @@ class Unread:
     def is_mapped(self, _: str) -> bool:
         return False
 
+    is_put = is_mapped
+    put_bytes = 0
+
 
 def full_size(device: torch.device) -> dict[str, Network]:
     """The networks of SD3.5-Medium in bfloat16, without files."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mmdit.attention import attention_by
-from mmdit.memory import Job, Plan, budget_of
+from mmdit.memory import DeviceMemoryError, Job, Plan, budget_of
 from mmdit.residency import Mode
 from mmdit.settings import Settings, SettingsError, interval_of
 from samplers import Step, euler, shifted_sigmas
@@ -158,6 +158,13 @@ class Drawing:
 
         self.tell("encode")
         self.pipe.follow(plan)
+        try:
+            return self.pipe.stage("encode", job, self.seconds, work, self.bar)
+        except DeviceMemoryError:
+            fewer = next(sizes, None)
+            if fewer is None:
+                raise
+        sizes = iter((fewer, fewer))
         return self.pipe.stage("encode", job, self.seconds, work, self.bar)
 
     def draw(self, alike: list[int], texts: Texts) -> Iterator[tuple[int, Image.Image]]:

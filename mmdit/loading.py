@@ -248,6 +248,8 @@ def check_there(settings: Settings, device: torch.device, dtype: torch.dtype) ->
     reason = lacking(device) if settings.compile else None
     if reason is not None:
         raise SettingsError(f"compile cannot be used: {reason}")
+    if settings.quantise == "fp8" and device.type == "mps":
+        raise SettingsError("quantise fp8 cannot be used: mps has no such numbers; int8 does")
 
 
 def dtype_of(settings: Settings) -> torch.dtype:
@@ -263,5 +265,5 @@ def dtype_of(settings: Settings) -> torch.dtype:
 
 
 def part_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """T5 overflows in float16 and computes in bfloat16 instead."""
-    return torch.bfloat16 if name == "t5" and dtype == torch.float16 else dtype
+    """T5 overflows in float16 and computes in bfloat16 instead; an autoencoder may, and computes in float32."""
+    return {"t5": torch.bfloat16, "vae": torch.float32}.get(name, dtype) if dtype == torch.float16 else dtype

@@ -5,9 +5,10 @@ running the real code, of a model cut short, without memory (`mmdit.meter`). On 
 its own; weights that are used where they lie in the mapped file cost nothing.
 """
 
+import math
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from mmdit.meter import peak_bytes
 from mmdit.model import MMDiT
 from mmdit.prepared import Prepared
 from mmdit.residency import Mode, Network
-from mmdit.settings import SettingsError
+from mmdit.settings import SettingsError, memory_bytes
 from mmdit.streaming import Unit
 from vae import cpu_rows, decode_peak, rows_for
 
@@ -74,8 +75,8 @@ class Plan:
 
 
 def told(count: float) -> str:
-    """Bytes in words."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+    """Bytes in words, rounded up."""
+    return f"{math.ceil(count / 1e7) / 100:.2f} GB" if count >= 1e9 else f"{math.ceil(count / 1e6)} MB"
 
 
 class Planner:
@@ -84,7 +85,7 @@ class Planner:
     def __init__(self, networks: Mapping[str, Network], device: torch.device, dtype: torch.dtype) -> None:
         self._networks, self._device, self._dtype = networks, device, dtype
         self._measured: dict[tuple[object, ...], int] = {}
-        self._own = _WORKSPACE.get(device.type, 0) + (own_bytes() if device.type == "cpu" else 0)
+        self._own = _WORKSPACE.get(device.type, 0) + taken_bytes(device)  # beside this model
 
     def plan(self, job: Job, budget: int) -> Plan:
         """The fastest plan that keeps to `budget` bytes; SettingsError, with what would be needed, where none does."""
@@ -135,6 +136,8 @@ class Planner:
         """The plan with these modes and this batch, decoding in the highest strips that keep it within the budget."""
         stay = sum(self.weights(name, mode) for name, mode in modes.items() if mode is Mode.RESIDENT)
         stay += self._own
+        if self._device.type == "cpu":  # weights under adapters
+            stay += sum(network.source.put_bytes for network in self._networks.values())
         comes = {n: 0 if mode is Mode.RESIDENT else self.weights(n, mode) for n, mode in modes.items()}
         encoders = [name for name in modes if name not in ("transformer", "vae")]
         encode = max(comes[n] + self.visit(*self.streamed(n, modes[n])) + self.encoding(n, job) for n in encoders)
@@ -169,8 +172,9 @@ class Planner:
         return 2 * max((sum(self.cost(network, name) for name in unit.names) for unit in units), default=0)
 
     def cost(self, network: Network, name: str) -> int:
-        mapped = self._device.type == "cpu" and network.source.is_mapped(name) and not network.layout.channels_last
-        return 0 if mapped else network.source.nbytes(name)
+        source = network.source
+        there = source.is_put(name) or (source.is_mapped(name) and not network.layout.channels_last)
+        return 0 if there and self._device.type == "cpu" else source.nbytes(name)
 
     # ---- computation -----------------------------------------------------------------------------
 
@@ -199,11 +203,12 @@ class Planner:
         return most if most > job.texts else job.texts
 
     def modulations(self, job: Job, batch: int) -> int:
-        """Bytes of what every block is told in all steps."""
+        """Bytes of what every block is told in all steps, and once more in this one for each picture of a batch."""
         shapes = self._networks["transformer"].shapes
         each = sum(shape[0] for name, shape in shapes.items() if name.endswith("adaLN_modulation.1.weight"))
         texts = job.texts * (batch if job.apart else 1)
-        return job.steps * texts * each * self._dtype.itemsize
+        spread = job.texts * batch if texts < job.texts * batch else 0
+        return (job.steps * texts + spread) * each * self._dtype.itemsize
 
     def denoising(self, job: Job, batch: int) -> int:
         """Bytes for one step of `batch` pictures, by a transformer of two blocks, for more take no more."""
@@ -221,8 +226,10 @@ class Planner:
             latents = torch.cat([torch.empty(size, device="meta")] * job.texts)
             return velocity(latents.to(self._dtype), torch.tensor(1.0)).float()
 
-        model = network.change(on_meta(MMDiT, short, self._dtype))
-        return self._once((size, job.texts, texts, length, chosen()), lambda: peak_bytes(step, model))
+        return self._once(
+            (size, job.texts, texts, length, chosen()),
+            lambda: peak_bytes(step, network.change(on_meta(MMDiT, short, self._dtype))),
+        )
 
     def _once(self, key: tuple[object, ...], measure: Callable[[], int]) -> int:
         if key not in self._measured:
@@ -231,12 +238,14 @@ class Planner:
 
     def decoding(self, job: Job, budget: int) -> tuple[int | None, int]:
         """The height of the strips, None for the whole, and the bytes for one picture in them."""
-        config, apart = self._networks["vae"].module.config, self._device.type != "cpu"
-        rows = rows_for(config, job.rows, job.columns, self._dtype, budget, apart) or 1
-        if not apart and self._dtype.itemsize == 2:  # strips are faster there; float32 keeps to the plain path's bits
+        network, apart = self._networks["vae"], self._device.type != "cpu"
+        config, dtype = network.module.config, network.source.dtype(next(iter(network.shapes)))
+        key = ("rows", job.rows, job.columns, budget)
+        rows = self._once(key, lambda: rows_for(config, job.rows, job.columns, dtype, budget, apart) or 1)
+        if not apart and dtype.itemsize == 2:  # strips are faster there; float32 keeps to the plain path's bits
             rows = min(rows, cpu_rows(job.rows, job.columns))
         strip = None if rows >= job.rows else rows
-        return strip, decode_peak(config, job.rows, job.columns, strip, self._dtype, apart)
+        return strip, decode_peak(config, job.rows, job.columns, strip, dtype, apart)
 
 
 def on_meta(module: Callable[[Any], nn.Module], config: Any, dtype: torch.dtype) -> Any:
@@ -246,17 +255,33 @@ def on_meta(module: Callable[[Any], nn.Module], config: Any, dtype: torch.dtype)
 
 
 def budget_of(memory: str, device: torch.device) -> int:
-    """Bytes that `--memory` allows: a number with its unit, or of "auto" most of what is free on the device.
+    """Bytes that `--memory` allows; of "auto" most of what is free on the device. SettingsError for what is no size."""
+    given = memory_bytes(memory)
+    return int(_SHARE * free_bytes(device)) if given is None else given
 
-    Raises SettingsError for what is neither.
-    """
-    if memory == "auto":
-        return int(_SHARE * free_bytes(device))
-    match = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*([KMGT])(i?)B?", memory.strip(), re.IGNORECASE)
-    if match is None:
-        raise SettingsError(f"memory is {memory!r}: expected a size such as 4GB or 900MB, or auto")
-    base = 1024 if match[3] else 1000
-    return int(float(match[1]) * base ** (1 + "KMGT".index(match[2].upper())))
+
+class DeviceMemoryError(ValueError):
+    """The device's memory does not suffice; the message names the stage and what to try."""
+
+
+@contextmanager
+def memory_errors(what: str) -> Iterator[None]:
+    """Turn running out of memory, the device's or the host's, into a DeviceMemoryError that names the stage."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        words = ("out of memory", "not enough memory", "can't allocate memory")
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not any(w in str(error) for w in words):
+            raise
+        tries = "--quantise int8, --t5 off, a smaller picture, or --device cpu"
+        raise DeviceMemoryError(f"{what}: the device's memory does not suffice; try {tries}") from None
+
+
+def taken_bytes(device: torch.device) -> int:
+    """What this process has on the device already."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return own_bytes() if device.type == "cpu" else 0
 
 
 def own_bytes(process: int | str = "self") -> int:

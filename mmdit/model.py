@@ -90,7 +90,7 @@ class MMDiT(nn.Module):
         positions: `(1, N, D)`, of its tokens. context: `(B, M, D)`, embedded. modulations: as `modulations` gives them.
         """
         x = self.x_embedder(latent)  # (B, N, D)
-        x = x + positions.to(x.dtype)
+        x = x + positions.to(x)
 
         for block, modulation in zip(self.joint_blocks, modulations):
             x, context = block(x, context, *modulation)

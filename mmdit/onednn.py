@@ -22,7 +22,7 @@ def by_onednn(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear):
             module.forward = MethodType(linear, module)
-        if isinstance(module, MLP):
+        if isinstance(module, MLP) and isinstance(module.fc1, nn.Linear):
             module.forward = MethodType(mlp, module)
 
 

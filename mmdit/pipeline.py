@@ -21,8 +21,8 @@ from tqdm import tqdm
 from mmdit.attention import attention_by
 from mmdit.batch import Drawing
 from mmdit.compiled import compile_model
-from mmdit.loading import DTYPES, Parts, check_there, load_parts
-from mmdit.memory import Job, Plan, Planner, budget_of
+from mmdit.loading import DTYPES, Parts, check_there, load_parts, part_dtype
+from mmdit.memory import DeviceMemoryError, Job, Plan, Planner, budget_of, memory_errors
 from mmdit.model import MMDiT
 from mmdit.onednn import by_onednn
 from mmdit.prepared import Prepared
@@ -39,10 +39,6 @@ T = TypeVar("T")
 
 class NotFiniteError(ValueError):
     """A stage gave NaN or infinity; the message names the stage and what to try."""
-
-
-class DeviceMemoryError(ValueError):
-    """The device's memory does not suffice; the message names the stage and what to try."""
 
 
 USER_ERRORS = (SettingsError, CheckpointError, TokenizerError, NotFiniteError, DeviceMemoryError)
@@ -84,9 +80,9 @@ class Pipeline:
     def load(cls, model: str | Path | None = None, **keywords: Any) -> "Pipeline":
         """Load a diffusers folder, a single file or a model of the hub, or without an argument the demo model.
 
-        keywords: `clip_l`, `clip_g`, `t5xxl`, `vae`, `tokenizers`, `lora` (a list), `device`, `dtype`, `t5`, as in
-        Settings; without T5 its weights are not opened. Raises one of USER_ERRORS, each a ValueError with a one-line
-        message.
+        keywords: `clip_l`, `clip_g`, `t5xxl`, `vae`, `tokenizers`, `lora` (a list), `device`, `dtype`, `t5`, `memory`,
+        `quantise`, `compile`, as in Settings; without T5 its weights are not opened. Raises one of USER_ERRORS, each a
+        ValueError with a one-line message.
         """
         given = {name: str(v) if isinstance(v, Path) else v for name, v in {"model": model, **keywords}.items()}
         return cls.from_settings(settings_from(given))
@@ -101,7 +97,9 @@ class Pipeline:
             return cls(parts or load_parts(settings), settings)
 
     def __call__(self, prompt: str, **keywords: Any) -> list[Image.Image]:
-        """Draw. keywords: negative, width, height, steps, cfg, seed, count, t5_length, as in Settings.
+        """Draw. keywords: negative, width, height, steps, cfg, cfg_interval, seed, count, t5_length, memory, attention.
+
+        They are as in Settings.
 
         Returns `count` pictures; picture i equals the single picture of seed + i within rounding. Raises one of
         USER_ERRORS.
@@ -151,12 +149,14 @@ class Pipeline:
 
         def denoise(bar: tqdm) -> Tensor:
             parts = noise.split(self.plan.batch)
-            bar.total, ends = steps * len(parts), []
+            bar.total, ends, made = steps * len(parts), [], {}
             for i, x in enumerate(parts):
-                watch = Watch(self, bar, steps, trace, first=i == 0)
-                velocity = self.velocity(cond, uncond, cfg, len(x), sigmas[:-1].tolist(), interval_of(s.cfg_interval))
+                watch, known = Watch(self, bar, steps, trace, first=i == 0), sigmas[:-1].tolist()
+                if len(x) not in made:  # once for all batches but a shorter last one
+                    made.clear()
+                    made[len(x)] = self.velocity(cond, uncond, cfg, len(x), known, interval_of(s.cfg_interval))
                 with attention_by(s.attention):
-                    ends.append(euler(velocity, x.to(self.device), sigmas, watch))
+                    ends.append(euler(made[len(x)], x.to(self.device), sigmas, watch))
             return torch.cat(ends)
 
         def decode(bar: tqdm) -> Tensor:
@@ -194,7 +194,8 @@ class Pipeline:
     def follow(self, plan: Plan) -> None:
         """Have on the device what the plan says."""
         self.plan = plan
-        self.residency.arrange(plan.modes)
+        with memory_errors("loading"):
+            self.residency.arrange(plan.modes)
 
     def stage(
         self, name: str, job: Job, seconds: dict[str, float], work: Callable[[tqdm], T], bar: tqdm | None = None
@@ -203,17 +204,19 @@ class Pipeline:
 
         bar: what `work` is given, in place of a bar of its own.
         """
-        start = time.perf_counter()
-        try:
-            result = self.attempt(name, work, bar)
-        except DeviceMemoryError:
+        start, failures = time.perf_counter(), 0
+        while True:
+            try:
+                result = self.attempt(name, work, bar)
+                break
+            except DeviceMemoryError as error:
+                failures, told = failures + 1, str(error)  # not the error itself: it holds all that the attempt made
             self.residency.use(None)
-            plan = self.planner.smaller(job, self.plan, name)
+            plan = self.planner.smaller(job, self.plan, name) if failures == 1 else None
             if plan is None:
-                raise
+                raise DeviceMemoryError(told)
             warnings.warn(f"{name}: memory ran out; trying again with less: {plan}", stacklevel=2)
             self.follow(plan)
-            result = self.attempt(name, work, bar)
         seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
         return result
 
@@ -269,7 +272,8 @@ class Pipeline:
 
         cond, uncond: texts of batch 1 or `count`; without `uncond` there is no guidance. sigmas: the noise levels that
         the sampler will ask for, if they are known; they are prepared together. interval: the noise levels, least and
-        greatest, at which there is guidance. Gradients with respect to the latents flow.
+        greatest, at which there is guidance. Gradients with respect to the latents flow, except on a GPU while the
+        transformer comes block by block.
         """
         texts = (cond,) if uncond is None else (cond, uncond)
         rows = max(len(t.pooled) for t in texts)
@@ -288,7 +292,7 @@ class Pipeline:
     def decode(self, latents: Tensor) -> Tensor:
         """Latents `(B, C, h, w)` to pixels, uint8 `(B, H, W, 3)` on the CPU, rounded to the nearest level."""
         self.residency.use("vae")
-        latents = latents.to(self.device, self.dtype)
+        latents = latents.to(self.device, part_dtype("vae", self.dtype))
         rows = self.plan.strip or latents.shape[2]
         pictures = decode_in_strips(self.vae, latents, rows, "cpu").float()  # (B, 3, H, W)
         self.check_finite(pictures, "the decoded picture")
@@ -327,16 +331,6 @@ def traced_text(name: str, text: Conditioning, count: int) -> dict[str, Tensor]:
     named = {f"tokens.{encoder}": ids for encoder, ids in text.tokens.items()}
     named |= {"context": text.context.float(), "pooled": text.pooled.float()}
     return {f"{name}.{key}": t.expand(count, *t.shape[1:]).cpu().contiguous() for key, t in named.items()}
-
-
-@contextmanager
-def memory_errors(what: str) -> Iterator[None]:
-    """Turn running out of device memory into a DeviceMemoryError that names the stage."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        tries = "--t5 off, a smaller picture, a smaller --count, or --device cpu"
-        raise DeviceMemoryError(f"{what}: the device's memory does not suffice; try {tries}") from None
 
 
 @contextmanager

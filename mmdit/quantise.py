@@ -1,4 +1,4 @@
-"""The transformer's matrices in 8 bits: half the memory, at a price in exactness that the user chose to pay.
+"""The matrices of the transformer's blocks in 8 bits: half their memory, at a price in exactness that the user chose.
 
 Every row of a matrix is divided by a scale of its own, so that its largest number becomes the largest of the format,
 and rounded: to whole numbers (int8) or to e4m3 (fp8). A layer turns its matrix back into the number format of the run
@@ -28,8 +28,8 @@ class QuantisedLinear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.to(x.dtype) * self.weight_scale.to(x.dtype)[:, None]  # (rows, columns)
-        return F.linear(x, weight, self.bias)
+        weight = self.weight.to(x.dtype) * self.weight_scale[:, None]  # (rows, columns), float32: scales are small
+        return F.linear(x, weight.to(x.dtype), self.bias)
 
 
 def quantised(model: nn.Module, kind: str) -> nn.Module:
@@ -54,6 +54,7 @@ class QuantisedSource(Source):
         self.shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         self._dtypes = {name: t.dtype for name, t in state.items() if name.removesuffix("_scale") + "_scale" in state}
         self.original, self.put = plain.original, plain.put
+        self._put = plain._put
 
     def __call__(self, name: str) -> Tensor:
         if name not in self._dtypes:
@@ -64,6 +65,9 @@ class QuantisedSource(Source):
 
     def dtype(self, name: str) -> torch.dtype:
         return self._dtypes[name] if name in self._dtypes else self._plain.dtype(name)
+
+    def is_put(self, name: str) -> bool:
+        return name not in self._dtypes and self._plain.is_put(name)
 
     def is_mapped(self, name: str) -> bool:
         return name not in self._dtypes and self._plain.is_mapped(name)

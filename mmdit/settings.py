@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import re
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -61,12 +62,12 @@ class Settings:
     dtype: str = _setting("auto", "number format of the weights", choices=("auto", "bf16", "fp16", "fp32"))
     quantise: str = _setting(
         "none",
-        "the transformer's matrices in 8 bits: half the memory, another picture",
+        "the transformer's blocks in 8 bits: half their memory, another picture",
         choices=("none", "int8", "fp8"),
     )
     device: str = _setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     memory: str = _setting(
-        "auto", "what the device may be loaded with, as 4GB; auto: most of what is free", metavar="SIZE"
+        "auto", "what tensors may take on the device, as 4GB; auto: most of what is free", metavar="SIZE"
     )
     attention: str = _setting("auto", "who computes attention; auto: the fastest that is there", choices=ATTENTIONS)
     compile: bool = _setting(False, "compile the transformer: the first steps wait, later ones and other runs gain")
@@ -109,6 +110,7 @@ class Settings:
         for text in self.lora:
             split_lora(text)
         interval_of(self.cfg_interval)
+        memory_bytes(self.memory)
         if not isinstance(self.compile, bool):
             raise SettingsError(f"compile is {self.compile!r}: expected True or False")
         for name in ("steps", "count", "width", "height"):
@@ -170,6 +172,17 @@ def interval_of(text: str | None) -> tuple[float, float]:
     if not 0 <= low <= high <= 1:
         raise SettingsError(f"cfg_interval is {text!r}: expected LOW:HIGH, shares of noise from 0 to 1, as in 0.2:0.9")
     return low, high
+
+
+def memory_bytes(text: str) -> int | None:
+    """What `memory` says, a number with its unit, in bytes; None for "auto"; SettingsError for what is neither."""
+    if text == "auto":
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*([KMGT])(i?)B?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise SettingsError(f"memory is {text!r}: expected a size such as 4GB or 900MB, or auto")
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base ** (1 + "KMGT".index(match[2].upper())))
 
 
 def whole(value: Any) -> TypeGuard[int]:

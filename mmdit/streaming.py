@@ -65,7 +65,7 @@ class Stream:
         rounds: bool,
     ) -> None:
         """bind: puts a tensor, or none, into its place in the network. rounds: whether the units run more than once."""
-        self._units, self._bind, self._rounds = units, bind, rounds
+        self._units, self._bind, self._rounds, self._device = units, bind, rounds, device
         names = [unit.names for unit in units]
         self._carrier = Paged(names, source, device, rounds) if device.type == "cuda" else Direct(names, source, device)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="weights")
@@ -80,6 +80,7 @@ class Stream:
         for handle in self._handles:
             handle.remove()
         self._worker.shutdown()
+        self._ahead = None
         self._carrier.close()
         for i in range(len(self._units)):
             self._unbind(i)
@@ -96,7 +97,7 @@ class Stream:
             ahead = None
         ahead = ahead or self._start(i)
         for name, tensor in ahead.tensors.result().items():
-            self._bind(name, tensor)
+            self._bind(name, tensor.to(self._device))
         self._turn = ahead.turn
         self._carrier.arrived(self._turn)
         if self._rounds or i + 1 < len(self._units):
@@ -117,10 +118,11 @@ class Direct:
     """For devices that read the host's memory, or have no queue of their own."""
 
     def __init__(self, names: Sequence[tuple[str, ...]], source: Source, device: torch.device) -> None:
-        self._names, self._source, self._device = names, source, device
+        self._names, self._source = names, source
+        self._where = torch.device("cpu") if device.type == "mps" else device  # Metal is for one thread
 
     def start(self, unit: int) -> tuple[int, Callable[[], Tensors]]:
-        return 0, lambda: {name: self._source(name).to(self._device) for name in self._names[unit]}
+        return 0, lambda: {name: self._source(name).to(self._where) for name in self._names[unit]}
 
     def arrived(self, turn: int) -> None: ...
 

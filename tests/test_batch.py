@@ -200,7 +200,7 @@ def test_texts_that_are_too_many_to_keep(
         ({"prompt": "x", "out": "y"}, "out belongs to the command line"),
         ({"prompt": "x", "prompts": "y"}, "prompts belongs to the command line"),
         ({"seed": 3}, "a picture without a prompt"),
-        ({"prompt": "x", "memory": "1MB"}, "1.0 MB do not suffice for 96x64"),
+        ({"prompt": "x", "memory": "1MB"}, "1 MB do not suffice for 96x64"),
         ({"prompt": 3}, "prompt is 3: expected text"),
     ],
 )

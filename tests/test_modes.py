@@ -90,7 +90,7 @@ def test_running_out_of_device_memory_is_the_users_error(folder: Path, monkeypat
         pytest.warns(
             UserWarning, match=r"^decode: memory ran out; trying again with less: .* in strips of \d+ latent rows"
         ),
-        pytest.raises(ValueError, match=r"^decode: the device's memory does not suffice; try --t5 off"),
+        pytest.raises(ValueError, match=r"^decode: the device's memory does not suffice; try --quantise int8"),
     ):
         pipeline("a horse")
 

@@ -47,6 +47,15 @@ class Source:
         if tensor is not None:
             self._put[name] = tensor
 
+    def is_put(self, name: str) -> bool:
+        """Whether the tensor is another than the file's."""
+        return name in self._put
+
+    @property
+    def put_bytes(self) -> int:
+        """The size of all that was put in the places of the file's tensors."""
+        return sum(tensor.nbytes for tensor in self._put.values())
+
     def dtype(self, name: str) -> torch.dtype:
         return self._dtype or self._component.dtypes[name]
 
