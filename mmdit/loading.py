@@ -14,6 +14,7 @@ from mmdit.attention import missing
 from mmdit.compiled import lacking
 from mmdit.config import MMDiTConfig
 from mmdit.defaults import default_settings
+from mmdit.empty import on_meta
 from mmdit.model import MMDiT
 from mmdit.quantise import QuantisedSource, quantised
 from mmdit.residency import Network
@@ -141,8 +142,7 @@ def build(component: Component) -> Any:
         layers *= len(getattr(values, "block_out_channels", "1"))
         if layers > len(component.shapes):  # before a module is made for each of them
             raise ValueError(f"{layers} layers of {len(component.shapes)} tensors")
-        with torch.device("meta"):
-            return module(values)
+        return on_meta(module, values)
     except KeyError as missing:
         raise CheckpointError(f"{component.path}: {component.name} lacks {missing}") from None
     except (ValueError, TypeError, IndexError, ArithmeticError, RuntimeError) as error:

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from mmdit.attention import chosen
+from mmdit.empty import on_meta
 from mmdit.meter import peak_bytes
 from mmdit.model import MMDiT
 from mmdit.prepared import Prepared
@@ -27,6 +27,7 @@ from vae import cpu_rows, decode_peak, rows_for
 
 _WORKSPACE = {"cuda": 40_000_000, "cpu": 80_000_000}  # bytes that matrix products and their like take for themselves
 _LIGHT = 0.25  # of a network's weights: so few that need memory beside the mapped file may stay
+_UNITS = 20  # tensors as large as all tokens together that a step never needs more of at a time
 _LESS = 0.75  # of the memory that could not be had
 _ROOM = 0.95  # of a budget, for decoding: convolutions may take memory of their own
 _SHARE = 0.9  # of what is free: the rest is for what allocators waste
@@ -85,10 +86,21 @@ class Planner:
     def __init__(self, networks: Mapping[str, Network], device: torch.device, dtype: torch.dtype) -> None:
         self._networks, self._device, self._dtype = networks, device, dtype
         self._measured: dict[tuple[object, ...], int] = {}
+        self._rough = False
         self._own = _WORKSPACE.get(device.type, 0) + taken_bytes(device)  # beside this model
 
-    def plan(self, job: Job, budget: int) -> Plan:
-        """The fastest plan that keeps to `budget` bytes; SettingsError, with what would be needed, where none does."""
+    def plan(self, job: Job, budget: int, exact: bool = True) -> Plan:
+        """The fastest plan that keeps to `budget` bytes; SettingsError, with what would be needed, where none does.
+
+        exact: without it, where memory abounds, the peaks are bounds from above, found without loading PyTorch's
+        compiler, which "meta" tensors need and which takes longer than all else before the first step.
+        """
+        if not exact:
+            self._rough = True
+            plan = self.predict(self.ladder()[0], job, job.count, budget)
+            self._rough = False
+            if plan.peak <= budget:
+                return plan
         smallest = None
         for plan in self.plans(job, budget):
             if plan.peak <= budget:
@@ -188,6 +200,10 @@ class Planner:
             module = on_meta(type(network.module), replace(config, num_layers=2), dtype)
             return peak_bytes(module, torch.zeros(job.texts, length, dtype=torch.long, device="meta"))
 
+        if self._rough:
+            wide = config.d_ff if name == "t5" else config.intermediate_size
+            heads = config.num_heads
+            return dtype.itemsize * job.texts * length * (8 * wide + 4 * heads * length)
         return self._once((name, job.texts, length), encode)
 
     def texts(self, job: Job, plan: Plan, budget: int, most: int) -> int:
@@ -219,6 +235,10 @@ class Planner:
         size = (batch, config.in_channels, job.rows, job.columns)
         texts, each = (job.texts * batch, 1) if job.apart else (job.texts, batch)
 
+        if self._rough:
+            tokens = job.texts * batch * (job.rows * job.columns // config.patch_size**2 + length)
+            return self._dtype.itemsize * (tokens * _UNITS * config.hidden_size + texts * length * config.context_size)
+
         def step(model: Any) -> object:
             context = torch.empty(texts, length, config.context_size, dtype=self._dtype, device="meta")
             pooled = torch.empty(texts, config.pooled_size, dtype=self._dtype, device="meta")
@@ -246,12 +266,6 @@ class Planner:
             rows = min(rows, cpu_rows(job.rows, job.columns))
         strip = None if rows >= job.rows else rows
         return strip, decode_peak(config, job.rows, job.columns, strip, dtype, apart)
-
-
-def on_meta(module: Callable[[Any], nn.Module], config: Any, dtype: torch.dtype) -> Any:
-    """A module without memory."""
-    with torch.device("meta"):
-        return module(config).to(dtype).requires_grad_(False)
 
 
 def budget_of(memory: str, device: torch.device) -> int:

@@ -182,7 +182,7 @@ class Pipeline:
     def plan_for(self, s: Settings) -> Plan:
         """The fastest plan that draws by these settings within their `memory`; SettingsError where none does."""
         with attention_by(s.attention):
-            return self.planner.plan(self.job(s), budget_of(s.memory, self.device))
+            return self.planner.plan(self.job(s), budget_of(s.memory, self.device), exact=s.memory != "auto")
 
     def job(self, s: Settings) -> Job:
         assert s.width and s.height and s.steps and s.t5_length

@@ -21,7 +21,8 @@ from benchmarks.memory import TARGETS, full_size
 from benchmarks.random_checkpoint import write_checkpoint
 from mmdit import streaming
 from mmdit.config import SD35_MEDIUM
-from mmdit.memory import Job, Planner, budget_of, on_meta
+from mmdit.empty import on_meta
+from mmdit.memory import Job, Planner, budget_of
 from mmdit.meter import FusedAttention, Meter, peak_bytes
 from mmdit.model import MMDiT
 from mmdit.pipeline import Pipeline
@@ -304,6 +305,21 @@ def test_what_is_to_be_reached(full: dict[str, Network]) -> None:
         for way, most in (("staged", target.staged), ("streamed", target.streamed)):
             job = Job(target.height // 8, target.width // 8, 1, 28, 2, 256)
             assert planner.predict(rungs[way], job, 1, int(most)).peak <= most, (target, way)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (64, 96), (180, 180)])
+@pytest.mark.parametrize(("count", "texts"), [(1, 2), (7, 1)])
+def test_rough_plans_are_bounds_from_above(
+    full: dict[str, Network], size: tuple[int, int], count: int, texts: int
+) -> None:
+    """And are taken only where they fit."""
+    planner, job = Planner(full, torch.device("meta"), torch.bfloat16), Job(*size, count, 28, texts, 256)
+    rough, exact = (planner.plan(job, 10**12, exact=exact) for exact in (False, True))
+    assert rough.modes == exact.modes
+    for stage, peak in exact.peaks.items():
+        assert peak <= rough.peaks[stage] <= 2 * peak, stage
+    between = (rough.peak + exact.peak) // 2
+    assert planner.plan(job, between, exact=False).peaks != rough.peaks
 
 
 def test_a_larger_budget_gives_a_faster_plan(full: dict[str, Network]) -> None:
