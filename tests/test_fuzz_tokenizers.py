@@ -1,8 +1,10 @@
 """Damaged tokenizers: ids that their vocabulary has, the right ones where it says the same; or one line."""
 
+import base64
 import io
 import json
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,3 +121,16 @@ TRIALS: dict[str, Callable[[Path], Trial]] = {
 def test_damaged(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # threads' stacks are address space too
     fuzz(kind, TRIALS[kind](tmp_path))
+
+
+@pytest.mark.parametrize("length", [4, 5, 1 << 31, (1 << 32) - 4])
+def test_a_table_that_claims_too_much(tmp_path: Path, length: int) -> None:
+    """The package would allocate it, and abort."""
+    files = t5_json_files(tmp_path)
+    table = base64.b64encode(struct.pack("<I", length) + b"abc").decode()
+    content = json.loads(files["tokenizer.json"]) | {
+        "normalizer": {"type": "Precompiled", "precompiled_charsmap": table}
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(TokenizerError, match="table claims"):
+        T5Tokenizer.load(tmp_path)

@@ -172,6 +172,7 @@ class T5Tokenizer(PromptTokenizer):
         pieces += [(sentinel, 0.0) for sentinel in T5_SENTINELS if sentinel not in ids]
         backend = Tokenizer(models.Unigram(pieces, unk_id=ids["<unk>"], byte_fallback=False))
         if table:
+            check_table(table)
             backend.normalizer = normalizers.Precompiled(table)
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [
@@ -243,6 +244,16 @@ def read_spiece(path: Path) -> tuple[list[tuple[str, float]], bytes]:
         return pieces, dict(protobuf_fields(spec)).get(2, b"")
     except (RuntimeError, IndexError):
         raise TokenizerError(f"{path}: malformed, not a SentencePiece model; {HINT}") from None
+
+
+def check_table(table: bytes) -> None:
+    """Raise ValueError where the normaliser's table, the length of a trie, the trie and texts, is shorter than that.
+
+    The package allocates what the length says, and ends the program where it cannot.
+    """
+    length = int.from_bytes(table[:4], "little")
+    if len(table) < 4 + length or length % 4:
+        raise ValueError(f"the normaliser's table claims {length} bytes of trie and has {max(0, len(table) - 4)}")
 
 
 def protobuf_fields(data: bytes) -> Iterator[tuple[int, bytes]]:
