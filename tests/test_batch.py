@@ -95,7 +95,7 @@ def limited(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, pictures: int) 
     """At most so many pictures at a time."""
     plan = pipeline.planner.plan
     monkeypatch.setattr(
-        pipeline.planner, "plan", lambda job, budget: replace(plan(job, budget), batch=min(job.count, pictures))
+        pipeline.planner, "plan", lambda job, budget, **_: replace(plan(job, budget), batch=min(job.count, pictures))
     )
 
 

@@ -180,7 +180,7 @@ def test_mistakes_that_the_model_tells(desk: Desk, monkeypatch: pytest.MonkeyPat
     desk.list([{"prompt": "a", "height": 528}])
     assert "list.txt: line 1: height 528 is more than the model's table of positions" in desk.run().errors[0]
     desk.list([{"prompt": "a"}, {"prompt": "b", "width": 512, "height": 512}])
-    assert "memory: 1.0 MB do not suffice for 512x512" in desk.run("--memory", "1MB").errors[0]
+    assert "memory: 1 MB do not suffice for 512x512" in desk.run("--memory", "1MB").errors[0]
     assert not desk.out.exists()
 
 
