@@ -87,7 +87,7 @@ class Planner:
         self._networks, self._device, self._dtype = networks, device, dtype
         self._measured: dict[tuple[object, ...], int] = {}
         self._rough = False
-        self._own = _WORKSPACE.get(device.type, 0) + taken_bytes(device)  # beside this model
+        self._own = self._beside()
 
     def plan(self, job: Job, budget: int, exact: bool = True) -> Plan:
         """The fastest plan that keeps to `budget` bytes; SettingsError, with what would be needed, where none does.
@@ -101,6 +101,9 @@ class Planner:
             self._rough = False
             if plan.peak <= budget:
                 return plan
+        if not self._measured and self._device.type == "cpu":
+            peak_bytes(lambda: torch.zeros(1, device="meta") + 1)  # loads what measuring needs, which is counted too
+            self._own = self._beside()
         smallest = None
         for plan in self.plans(job, budget):
             if plan.peak <= budget:
@@ -112,6 +115,10 @@ class Planner:
             f"memory: {told(budget)} do not suffice for {8 * job.columns}x{8 * job.rows}: the smallest plan "
             f"takes {told(smallest.peak)}, to {stage}"
         )
+
+    def _beside(self) -> int:
+        """Bytes that this process has on the device beside this model, or will have."""
+        return _WORKSPACE.get(self._device.type, 0) + taken_bytes(self._device)
 
     def smaller(self, job: Job, plan: Plan, stage: str) -> Plan | None:
         """A plan for when this one's memory could not be had in a stage: the fastest that takes much less there.

@@ -5,8 +5,10 @@ of weights are treated apart: tables of which a run needs a few rows stay on the
 layers, a third of its weights, are used before the first step for all steps at once and need not be there in the loop.
 """
 
+import ctypes
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from enum import StrEnum
 from typing import Any, NamedTuple
 
@@ -103,12 +105,16 @@ class Network:
 
     def leave(self) -> None:
         """Free the device of them; nothing where they are not there."""
+        if not self.here:
+            return
         for stream in self._streams:
             stream.close()
         self._streams.clear()
-        for name in self.source.shapes if self.here else ():
+        for name in self.source.shapes:
             self._bind(name, None)
         self.here = False
+        if self.device.type == "cpu":
+            give_back()
 
     def apart(self, mode: Mode) -> list[Unit]:
         """The units that come to the device only while they run."""
@@ -137,6 +143,12 @@ class Network:
             module._parameters[leaf] = empty if tensor is None else nn.Parameter(tensor, requires_grad=False)
         else:
             module._buffers[leaf] = empty if tensor is None else tensor
+
+
+def give_back() -> None:
+    """Return freed memory to the system: glibc keeps what is not at the end of its heap, some hundred megabytes."""
+    with suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def units(module: nn.Module, layout: Layout) -> tuple[list[Unit], list[Unit]]:
