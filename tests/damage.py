@@ -211,31 +211,46 @@ def damaged_safetensors(pick: Random, raw: bytes, words: Sequence[str] = ()) -> 
         length = pick.choice((end - 9, end - 7, end + 8, 0, 1, 2, len(raw), 1 << 27, 1 << 40, 1 << 63, (1 << 64) - 1))
         return struct.pack("<Q", length) + raw[8:]
     header, data = read_objects(raw[8:end]), raw[end:]
+    if pick.random() < 0.1:
+        data = _other_numbers(pick, header, data)
     if how < 0.42:
         _same_sizes(pick, header)
+    elif how < 0.46:
+        data = _without(pick, header, data)
     else:
         header = damaged_value(pick, header, words)
     text = written(header).encode(errors="surrogatepass")
     text += b" " * pick.choice((0, 0, -len(text) % 8, 100_000))
-    if pick.random() < 0.1:
-        data = _other_numbers(pick, read_objects(raw[8:end]), data)
     return struct.pack("<Q", len(text)) + text + data
+
+
+def _entries(header: Object) -> list[dict[str, list]]:
+    """Of every tensor {"dtype": ["dtype", value], ...}, to be changed in place."""
+    return [{pair[0]: pair for pair in inside} for name, inside in header if name != "__metadata__"]
+
+
+def _without(pick: Random, header: Object, data: bytes) -> bytes:
+    """A file of one tensor less, else whole; the other tensors' bytes."""
+    tensors = [item for item in header if item[0] != "__metadata__"]
+    gone = pick.choice(tensors)
+    begin, end = dict(gone[1])["data_offsets"]
+    header.remove(gone)
+    for entry in _entries(header):
+        offsets = entry["data_offsets"][1]
+        entry["data_offsets"][1] = [n - (end - begin) for n in offsets] if offsets[0] >= end else offsets
+    return data[:begin] + data[end:]
 
 
 def _other_numbers(pick: Random, header: Object, data: bytes) -> bytes:
     """One tensor all zeros, NaN or infinities."""
-    begin, end = dict(map(tuple, pick.choice([inside for name, inside in header if name != "__metadata__"])))[
-        "data_offsets"
-    ]
-    byte = pick.choice((b"\0", b"\xff", b"\x7f", b"\x80"))
-    patterns = (byte * (end - begin), b"\0\0\x80\x7f" * ((end - begin) // 4), b"\0\x7c" * ((end - begin) // 2))
-    pattern = pick.choice([p for p in patterns if len(p) == end - begin])
-    return data[:begin] + pattern + data[end:]
+    begin, end = pick.choice(_entries(header))["data_offsets"][1]
+    pattern = pick.choice((b"\0", b"\xff", b"\x7f", b"\x80", b"\0\0\x80\x7f", b"\0\x7c"))
+    return data[:begin] + (pattern * (end - begin))[: end - begin] + data[end:]
 
 
 def _same_sizes(pick: Random, header: Object) -> None:
     """Another file of the same size, often as valid: two tensors change places, or one has another dtype or shape."""
-    entries = [{pair[0]: pair for pair in inside} for name, inside in header if name != "__metadata__"]
+    entries = _entries(header)
     entry = pick.choice(entries)
     word, shape = entry["dtype"][1], entry["shape"][1]
     match pick.randrange(5):

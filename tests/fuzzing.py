@@ -27,7 +27,7 @@ from weights import CheckpointError
 from weights.inspect import inspect
 from weights.report import report
 
-COUNT = int(os.environ.get("FUZZ", "1000"))
+COUNT = int(os.environ.get("FUZZ", "1500"))
 MEMORY = 100 << 20  # bytes that a damaged file may cost
 ALARM = 5  # seconds: one is allowed, the rest is for a busy machine
 LONGEST = 4200  # characters of a message, with the file's name
