@@ -125,11 +125,14 @@ class Planner:
 
         Where none takes much less, the smallest; None where that takes no less.
         """
-        enough = self._own + int(_LESS * (plan.peaks[stage] - self._own))
+        now = plan.peaks[stage]
+        if stage != "decode":  # it may have been a bound from above
+            now = min(now, self.predict(plan.modes, job, plan.batch, 0).peaks[stage])
+        enough = self._own + int(_LESS * (now - self._own))
         others = list(self.plans(job, enough))
         found = next((other for other in others if other.peaks[stage] <= enough), None)
         found = found or min(others, key=lambda other: other.peaks[stage])
-        return found if found.peaks[stage] < plan.peaks[stage] else None
+        return found if found.peaks[stage] < now else None
 
     def plans(self, job: Job, budget: int) -> Iterator[Plan]:
         """All plans, the fastest first; each decodes in the highest strips that the budget allows, if any."""
