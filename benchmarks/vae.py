@@ -21,7 +21,7 @@ from torch import nn
 
 from mmdit.loading import DTYPES
 from vae.autoencoder import SD3_VAE, Autoencoder
-from vae.cpu import cpu_rows, prepare_for_cpu
+from vae.cpu import cpu_rows
 from vae.strips import decode_in_strips
 from weights.keymap import VAE, revert, to_diffusers
 from weights.published import vae_config
@@ -74,7 +74,7 @@ def decoders(width: int, height: int, dtype: torch.dtype, rows: list[int]) -> di
     state = {name: revert(entry, native[entry.sources[0]]) for name, entry in to_diffusers(native, VAE).items()}
     theirs.load_state_dict(state)
     ours, theirs = ours.to(dtype), theirs.to(dtype)
-    last = prepare_for_cpu(copy.deepcopy(ours))
+    last = copy.deepcopy(ours).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     h, w = height // 8, width // 8
     latent = torch.randn(1, SD3_VAE.latent_channels, h, w).to(dtype)
     ways = {

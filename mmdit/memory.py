@@ -86,7 +86,6 @@ class Planner:
     def __init__(self, networks: Mapping[str, Network], device: torch.device, dtype: torch.dtype) -> None:
         self._networks, self._device, self._dtype = networks, device, dtype
         self._measured: dict[tuple[object, ...], int] = {}
-        self._rough = False
         self._own = self._beside()
 
     def plan(self, job: Job, budget: int, exact: bool = True) -> Plan:
@@ -95,12 +94,8 @@ class Planner:
         exact: without it, where memory abounds, the peaks are bounds from above, found without loading PyTorch's
         compiler, which "meta" tensors need and which takes longer than all else before the first step.
         """
-        if not exact:
-            self._rough = True
-            plan = self.predict(self.ladder()[0], job, job.count, budget)
-            self._rough = False
-            if plan.peak <= budget:
-                return plan
+        if not exact and (plan := self.predict(self.ladder()[0], job, job.count, budget, rough=True)).peak <= budget:
+            return plan
         if not self._measured and self._device.type == "cpu":
             peak_bytes(lambda: torch.zeros(1, device="meta") + 1)  # loads what measuring needs, which is counted too
             self._own = self._beside()
@@ -154,18 +149,23 @@ class Planner:
         resident = dict.fromkeys(self._networks, Mode.RESIDENT)
         return [resident, {**staged, "transformer": Mode.RESIDENT, "vae": Mode.RESIDENT}, staged, streamed]
 
-    def predict(self, modes: dict[str, Mode], job: Job, batch: int, budget: int) -> Plan:
-        """The plan with these modes and this batch, decoding in the highest strips that keep it within the budget."""
+    def predict(self, modes: dict[str, Mode], job: Job, batch: int, budget: int, rough: bool = False) -> Plan:
+        """The plan with these modes and this batch, decoding in the highest strips that keep it within the budget.
+
+        rough: bounds from above.
+        """
+        encoding = self.encoding_bound if rough else self.encoding
+        denoising = self.denoising_bound if rough else self.denoising
         stay = sum(self.weights(name, mode) for name, mode in modes.items() if mode is Mode.RESIDENT)
         stay += self._own
         if self._device.type == "cpu":  # weights under adapters
             stay += sum(network.source.put_bytes for network in self._networks.values())
         comes = {n: 0 if mode is Mode.RESIDENT else self.weights(n, mode) for n, mode in modes.items()}
         encoders = [name for name in modes if name not in ("transformer", "vae")]
-        encode = max(comes[n] + self.visit(*self.streamed(n, modes[n])) + self.encoding(n, job) for n in encoders)
+        encode = max(comes[n] + self.visit(*self.streamed(n, modes[n])) + encoding(n, job) for n in encoders)
         network, table = self._networks["transformer"], self.modulations(job, batch)
         before = self.visit(network, [] if modes["transformer"] is Mode.RESIDENT else network.before)
-        loop = self.visit(*self.streamed("transformer", modes["transformer"])) + self.denoising(job, batch)
+        loop = self.visit(*self.streamed("transformer", modes["transformer"])) + denoising(job, batch)
         denoise = comes["transformer"] + table + max(before, loop)
         strip, picture = self.decoding(job, int(_ROOM * budget) - stay - comes["vae"])
         peaks = {"encode": stay + encode, "denoise": stay + denoise, "decode": stay + comes["vae"] + picture}
@@ -210,11 +210,15 @@ class Planner:
             module = on_meta(type(network.module), replace(config, num_layers=2), dtype)
             return peak_bytes(module, torch.zeros(job.texts, length, dtype=torch.long, device="meta"))
 
-        if self._rough:
-            wide = config.d_ff if name == "t5" else config.intermediate_size
-            heads = config.num_heads
-            return dtype.itemsize * job.texts * length * (8 * wide + 4 * heads * length)
         return self._once((name, job.texts, length), encode)
+
+    def encoding_bound(self, name: str, job: Job) -> int:
+        """Bytes that `encoding` does not exceed."""
+        network = self._networks[name]
+        config, dtype = network.module.config, network.source.dtype(next(iter(network.shapes)))
+        length = job.t5_length if name == "t5" else config.max_length
+        wide = config.d_ff if name == "t5" else config.intermediate_size
+        return dtype.itemsize * job.texts * length * (8 * wide + 4 * config.num_heads * length)
 
     def texts(self, job: Job, plan: Plan, budget: int, most: int) -> int:
         """How many texts can be encoded at a time under a plan for this job: as many as the job's, at most `most`."""
@@ -245,10 +249,6 @@ class Planner:
         size = (batch, config.in_channels, job.rows, job.columns)
         texts, each = (job.texts * batch, 1) if job.apart else (job.texts, batch)
 
-        if self._rough:
-            tokens = job.texts * batch * (job.rows * job.columns // config.patch_size**2 + length)
-            return self._dtype.itemsize * (tokens * _UNITS * config.hidden_size + texts * length * config.context_size)
-
         def step(model: Any) -> object:
             context = torch.empty(texts, length, config.context_size, dtype=self._dtype, device="meta")
             pooled = torch.empty(texts, config.pooled_size, dtype=self._dtype, device="meta")
@@ -260,6 +260,14 @@ class Planner:
             (size, job.texts, texts, length, chosen()),
             lambda: peak_bytes(step, network.change(on_meta(MMDiT, short, self._dtype))),
         )
+
+    def denoising_bound(self, job: Job, batch: int) -> int:
+        """Bytes that `denoising` does not exceed."""
+        config = self._networks["transformer"].module.config
+        length = self._networks["clip_l"].module.config.max_length + job.t5_length
+        rows = job.texts * batch
+        tokens = rows * (job.rows * job.columns // config.patch_size**2 + length)
+        return self._dtype.itemsize * (tokens * _UNITS * config.hidden_size + rows * length * config.context_size)
 
     def _once(self, key: tuple[object, ...], measure: Callable[[], int]) -> int:
         if key not in self._measured:

@@ -21,13 +21,13 @@ from tqdm import tqdm
 from mmdit.attention import attention_by
 from mmdit.batch import Drawing
 from mmdit.compiled import compile_model
-from mmdit.loading import DTYPES, Parts, check_there, load_parts, part_dtype
+from mmdit.loading import Parts, check_there, load_parts, part_dtype
 from mmdit.memory import DeviceMemoryError, Job, Plan, Planner, budget_of, memory_errors
 from mmdit.model import MMDiT
 from mmdit.onednn import by_onednn
 from mmdit.prepared import Prepared
 from mmdit.residency import Residency
-from mmdit.settings import LOADED, Settings, SettingsError, alone, check_size, interval_of, settings_from, split_lora
+from mmdit.settings import LOADED, Settings, SettingsError, alone, interval_of, settings_from, split_lora
 from samplers import Step, classifier_free_guidance, euler, shifted_sigmas
 from samplers.guidance import Velocity
 from text_encoders import Conditioning, TokenizerError
@@ -66,7 +66,7 @@ class Pipeline:
         self.vae: Autoencoder = networks["vae"].module
         self.text = parts.text
         self.defaults, self.shift, self.device, self.dtype = parts.defaults, parts.shift, parts.device, parts.dtype
-        self.settings, self.adapters = settings, parts.adapters
+        self.parts, self.settings, self.adapters = parts, settings, parts.adapters
         self.residency, self.planner = Residency(networks), Planner(networks, self.device, self.dtype)
         for path, scale in map(split_lora, settings.lora):
             self.adapters.add(path, scale)
@@ -230,7 +230,7 @@ class Pipeline:
     @property
     def actual(self) -> dict[str, Any]:
         """What "auto" came to, and the adapters that are in."""
-        return {"device": self.device.type, "dtype": self.dtype_name, "lora": self.adapters.settings}
+        return {"device": self.device.type, "dtype": self.parts.dtype_name, "lora": self.adapters.settings}
 
     def check(self, settings: Settings) -> Settings:
         """The settings with defaults filled in; raises SettingsError for what this model cannot do."""
@@ -238,8 +238,7 @@ class Pipeline:
             value, fixed = getattr(settings, name), getattr(self.settings, name)
             if value != fixed and value != self.actual.get(name, fixed):
                 raise SettingsError(f"{name} is fixed when the model is loaded: give it to Pipeline.load")
-        settings = settings.resolved(self.defaults)
-        check_size(settings, self.transformer.config, self.vae.config.downscale)
+        settings = self.parts.check(settings)
         check_there(settings, self.device, self.dtype)
         return settings
 
@@ -297,10 +296,6 @@ class Pipeline:
         pictures = decode_in_strips(self.vae, latents, rows, "cpu").float()  # (B, 3, H, W)
         self.check_finite(pictures, "the decoded picture")
         return ((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
-
-    @property
-    def dtype_name(self) -> str:
-        return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
 
     def check_finite(self, values: Tensor, what: str) -> None:
         """Raise NotFiniteError for NaN or infinity."""

@@ -54,7 +54,6 @@ class QuantisedSource(Source):
         self.shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         self._dtypes = {name: t.dtype for name, t in state.items() if name.removesuffix("_scale") + "_scale" in state}
         self.original, self.put = plain.original, plain.put
-        self._put = plain._put
 
     def __call__(self, name: str) -> Tensor:
         if name not in self._dtypes:
@@ -65,6 +64,10 @@ class QuantisedSource(Source):
 
     def dtype(self, name: str) -> torch.dtype:
         return self._dtypes[name] if name in self._dtypes else self._plain.dtype(name)
+
+    @property
+    def put_bytes(self) -> int:
+        return self._plain.put_bytes
 
     def is_put(self, name: str) -> bool:
         return name not in self._dtypes and self._plain.is_put(name)

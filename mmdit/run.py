@@ -80,7 +80,8 @@ def draw(settings: Settings) -> None:
     try:
         pipeline = Pipeline.from_settings(settings)
         loaded = time.perf_counter()
-        show_plan(pipeline, pipeline.plan_for(pipeline.check(settings)))
+        pipeline.check(settings)
+        show_plan(pipeline, pipeline.plan)
         trace = {} if settings.dump else None
         result = pipeline.run(settings, trace)
         drawn = time.perf_counter()

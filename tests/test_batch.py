@@ -12,9 +12,8 @@ from PIL import Image
 from reference import relative_error
 from test_memory import full  # noqa: F401
 from torch import Tensor
+from toys import toy_folder
 
-from benchmarks.emoji.tokenizers import write_tokenizers
-from benchmarks.random_checkpoint import write_checkpoint
 from mmdit import batch
 from mmdit.batch import Drawing
 from mmdit.memory import Job, Planner
@@ -43,10 +42,7 @@ LIST: list[Any] = [
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Not to be written to."""
-    root = tmp_path_factory.mktemp("batch")
-    write_tokenizers(root / "tokenizers", captions=2000)
-    more: dict[str, Any] = {"tokenizers": root / "tokenizers", "clip_vocab": 1024, "t5_vocab": 512}
-    return write_checkpoint(root / "toy", defaults=DEFAULTS, **more)
+    return toy_folder(tmp_path_factory.mktemp("batch"), defaults=DEFAULTS)
 
 
 @pytest.fixture(scope="module", params=["on", "omit"])

@@ -6,9 +6,8 @@ import pytest
 import torch
 from reference import relative_error
 from torch import Tensor
+from toys import toy_folder
 
-from benchmarks.emoji.tokenizers import write_tokenizers
-from benchmarks.random_checkpoint import write_checkpoint
 from mmdit import Pipeline, Settings
 
 NEAR = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.05}
@@ -17,11 +16,8 @@ cuda = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("modes")
-    write_tokenizers(root / "tokenizers", captions=2000)
     defaults = {"width": 96, "height": 64, "steps": 3, "cfg": 3.0, "t5_length": 20}
-    write_checkpoint(root / "toy", tokenizers=root / "tokenizers", defaults=defaults, clip_vocab=1024, t5_vocab=512)
-    return root / "toy"
+    return toy_folder(tmp_path_factory.mktemp("modes"), defaults=defaults)
 
 
 def latents(folder: Path, t5: str, dtype: str, device: str, **settings: float) -> tuple[Pipeline, dict[str, Tensor]]:

@@ -10,16 +10,15 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from toys import Ran, toy_folder
 
-from benchmarks.emoji.tokenizers import write_tokenizers
-from benchmarks.random_checkpoint import write_checkpoint
 from mmdit import output
 from mmdit.output import settings_in, sweep
 from mmdit.pipeline import Pipeline
@@ -34,16 +33,7 @@ DEFAULTS = {"width": 64, "height": 48, "steps": 1, "cfg": 4.5, "t5_length": 20}
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Not to be written to."""
-    root = tmp_path_factory.mktemp("prompts")
-    write_tokenizers(root / "tokenizers", captions=2000)
-    more: dict[str, Any] = {"tokenizers": root / "tokenizers", "clip_vocab": 1024, "t5_vocab": 512}
-    return write_checkpoint(root / "toy", defaults=DEFAULTS, **more)
-
-
-class Ran(NamedTuple):
-    code: int
-    lines: list[str]  # of standard output
-    errors: list[str]  # of standard error
+    return toy_folder(tmp_path_factory.mktemp("prompts"), defaults=DEFAULTS)
 
 
 class Desk:

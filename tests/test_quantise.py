@@ -8,9 +8,8 @@ import torch
 from reference import relative_error
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from toys import toy_folder
 
-from benchmarks.emoji.tokenizers import write_tokenizers
-from benchmarks.random_checkpoint import write_checkpoint
 from mmdit.pipeline import Pipeline
 from mmdit.quantise import FORMATS, QuantisedLinear, rounded, scales
 from mmdit.residency import Mode
@@ -22,9 +21,7 @@ ERRORS = {"int8": 0.012, "fp8": 0.035}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("quantise")
-    write_tokenizers(root / "tokenizers", captions=2000)
-    return write_checkpoint(root / "toy", tokenizers=root / "tokenizers", clip_vocab=1024, t5_vocab=512)
+    return toy_folder(tmp_path_factory.mktemp("quantise"))
 
 
 def velocity(pipeline: Pipeline) -> Tensor:

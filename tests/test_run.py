@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
 from unittest.mock import Mock
 
 import numpy as np
@@ -18,6 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from toys import Ran
 
 import mmdit.pipeline
 from benchmarks.emoji.tokenizers import write_tokenizers
@@ -39,12 +39,6 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_checkpoint(root / "toy", tokenizers=root / "tokenizers", defaults=DEFAULTS, **VOCABULARIES)
     write_checkpoint(root / "toy.safetensors", layout="single-file", **VOCABULARIES)
     return root
-
-
-class Ran(NamedTuple):
-    code: int
-    lines: list[str]  # of standard output
-    errors: list[str]  # of standard error
 
 
 class Desk:

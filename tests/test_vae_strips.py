@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vae import strips
 from vae.autoencoder import SD3_VAE, TOY_VAE, Autoencoder, VAEConfig
-from vae.cpu import cpu_rows, decode_on_cpu, prepare_for_cpu
+from vae.cpu import cpu_rows
 from vae.memory import decode_peak, peak, rows_for
 from vae.strips import decode_in_strips
 
@@ -86,14 +86,14 @@ def test_half_precision_is_as_near_to_the_exact_result_as_the_plain_decode(
 def test_decoding_on_a_cpu_changes_the_layout_alone() -> None:
     """Same names, same numbers, channels last; the picture is diffusers'."""
     ours, theirs = autoencoders(FEW_GROUPS)
-    prepared = prepare_for_cpu(copy.deepcopy(ours))
+    prepared = copy.deepcopy(ours).to(memory_format=torch.channels_last)
     assert prepared.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     before, after = ours.state_dict(), prepared.state_dict()
     assert list(before) == list(after) and all(torch.equal(before[name], after[name]) for name in before)
     for h, w in ((1, 2), (2, 3), (9, 4)):
         latent = _latent(FEW_GROUPS, h, w, 2)
         expected = theirs.decode(ours.raw(latent), return_dict=False)[0]
-        assert relative_error(decode_on_cpu(prepared, latent), expected) <= 1e-5
+        assert relative_error(decode_in_strips(prepared, latent, cpu_rows(*latent.shape[2:])), expected) <= 1e-5
 
 
 @pytest.mark.parametrize(("h", "w"), [(1, 1), (2, 900), (3, 5), (64, 64), (180, 180)])
