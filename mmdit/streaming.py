@@ -2,12 +2,14 @@
 
 The device holds two modules' weights at a time. For a GPU a thread writes the next module's weights into page-locked
 memory, out of the mapped file and with whatever conversion they need, and a second queue of the GPU copies them over
-while the first computes; weights that are read more than once stay page-locked. For a CPU the thread does the
-conversion, and weights that need none are used where they lie in the file.
+while the first computes; weights that are read more than once stay page-locked, if there is room for that. For a CPU
+the thread does the conversion, and weights that need none are used where they lie in the file.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from itertools import accumulate
 from typing import NamedTuple, Protocol
 
@@ -134,11 +136,12 @@ class Direct:
 class Paged:
     """For CUDA: two places on the device, each as large as the largest unit, filled in turn from page-locked memory.
 
-    Units that run in rounds have page-locked memory of their own, the others one for each place.
+    Units that run in rounds have page-locked memory of their own, the others one for each place. Where there is too
+    little for all, those have one for each place too, filled anew at every turn; where there is none, it is ordinary.
     """
 
     def __init__(self, names: Sequence[tuple[str, ...]], source: Source, device: torch.device, rounds: bool) -> None:
-        self._source, self._rounds, self._device = source, rounds, device
+        self._source, self._stay, self._device = source, rounds, device  # whether what was read stays page-locked
         self._layouts = [layout(unit, source) for unit in names]
         self._size = max(end for _, end in self._layouts)
         self._begins = list(accumulate((end for _, end in self._layouts), initial=0))
@@ -178,24 +181,43 @@ class Paged:
         # The memory goes back to the queue that computes, which knows nothing of the copies.
         self._copies.synchronize()
         self._places.clear()
-        if not self._rounds:
+        if not self._stay:
             self._pages = None
 
     def _page_locked(self, unit: int, place: int) -> Tensor:
-        """The unit's tensors, side by side in page-locked memory."""
-        if self._pages is None:  # all at once: PyTorch rounds each up to a power of two
-            size = self._begins[-1] if self._rounds else 2 * self._size
-            self._pages = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        """The unit's tensors, side by side in page-locked memory, or in ordinary where that cannot be had."""
+        if self._pages is None:
+            self._pages = self._host_memory()
         parts, end = self._layouts[unit]
-        begin = self._begins[unit] if self._rounds else place * self._size
+        begin = self._begins[unit] if self._stay else place * self._size
         pages = self._pages[begin : begin + end]
         if unit not in self._read:
             self._arrived[place].synchronize()  # what lay there before is on the device
             for name, view in views(pages, parts).items():
                 view.copy_(self._source(name))
-            if self._rounds:
+            if self._stay:
                 self._read.add(unit)
         return pages
+
+    def _host_memory(self) -> Tensor:
+        """For all units that are to stay there, else for two; all at once: PyTorch rounds each up to a power of two."""
+        if self._stay:
+            try:
+                return torch.empty(self._begins[-1], dtype=torch.uint8, pin_memory=True)
+            except RuntimeError:
+                self._stay = False
+                tell_slow()
+        try:
+            return torch.empty(2 * self._size, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError:
+            tell_slow()
+        return torch.empty(2 * self._size, dtype=torch.uint8)
+
+
+@cache
+def tell_slow() -> None:
+    """Once in a process: networks that come and go would say it for every picture."""
+    warnings.warn("the host has too little page-locked memory: weights come to the GPU more slowly", stacklevel=2)
 
 
 Parts = list[tuple[str, int, torch.dtype, tuple[int, ...]]]

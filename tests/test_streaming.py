@@ -1,12 +1,17 @@
 """Weights that come and go with the module that runs."""
 
+from collections.abc import Iterator
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from test_memory import Here
 from torch import Tensor, nn
 
 from mmdit import streaming
+from mmdit.streaming import Paged
 
 
 def test_a_stream_begins_anew_after_a_break() -> None:
@@ -30,3 +35,149 @@ def test_a_stream_begins_anew_after_a_break() -> None:
     assert torch.equal(layers(x), expected)
     stream.close()
     assert all(layer.weight is None for layer in layers)
+
+
+# ---- page-locked memory --------------------------------------------------------------------------
+
+
+class Event:
+    """Stands for a GPU's: whether something it was recorded after may still be on its way."""
+
+    made: list["Event"] = []  # noqa: RUF012
+
+    def __init__(self, *_: object) -> None:
+        self.pending = False
+        self.made.append(self)
+
+    def record(self) -> None:
+        self.pending = True
+
+    def synchronize(self) -> None:
+        self.pending = False
+
+
+class Host(Here):
+    """Stands for torch with a GPU, on a host that page-locks so many bytes at a time and no more."""
+
+    cuda: Any = SimpleNamespace(**{**vars(Here.cuda), "Event": Event})
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.asked: list[int] = []  # page-locked
+        self.pageable: list[int] = []
+        self.pages = torch.empty(0)  # of the host's memory, those that were had last
+
+    def empty(self, *size: int, pin_memory: bool = False, device: object = None, **more: Any) -> Tensor:
+        if pin_memory:
+            self.asked.append(size[0])
+            if size[0] > self.most:
+                raise RuntimeError("CUDA error: out of memory")
+        elif device is None:
+            self.pageable.append(size[0])
+        found = torch.empty(*size, **more)
+        self.pages = found if device is None else self.pages
+        return found
+
+
+class Layers:
+    """Five layers of 4 to 8 rows as units, and the source of their weights, which counts what is read."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.patch = patch
+        self.net = nn.Sequential(*(nn.Linear(8, 4 + i, bias=False) for i in range(5))).requires_grad_(False)
+        self.stored = {name: tensor.clone() for name, tensor in self.net.state_dict().items()}
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self.stored.items()}
+        self.units = [streaming.Unit(layer, (f"{i}.weight",)) for i, layer in enumerate(self.net)]
+        self.reads: list[str] = []
+
+    def __call__(self, name: str) -> Tensor:
+        arrived = Event.made[len(self.reads) % 2 :][:1]
+        assert not any(event.pending for event in arrived), "what lay there before may not have come yet"
+        self.reads.append(name)
+        return self.stored[name]
+
+    def dtype(self, _: str) -> torch.dtype:
+        return torch.float32
+
+    def nbytes(self, name: str) -> int:
+        return self.stored[name].nbytes
+
+    def bind(self, name: str, tensor: Tensor | None) -> None:
+        self.net.get_submodule(name.split(".")[0])._parameters["weight"] = tensor  # type: ignore[assignment]
+
+    def stream(self, rounds: bool) -> streaming.Stream:
+        Event.made.clear()
+        carrier = lambda names, source, device: Paged(names, source, device, rounds)  # noqa: E731
+        self.patch.setattr(streaming, "Direct", carrier)
+        return streaming.Stream(self.units, self, self.bind, torch.device("cpu"), rounds)  # type: ignore[arg-type]
+
+    def outputs(self, x: Tensor) -> list[Tensor]:
+        return [layer(x) for layer in self.net]
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
+    found = Host(10**9)
+    monkeypatch.setattr(streaming, "torch", found)
+    streaming.tell_slow.cache_clear()
+    yield found
+    streaming.tell_slow.cache_clear()
+
+
+ALL, TWO = 5 * 256, 2 * 256  # bytes: a layer's 128 to 256, each rounded up to 256
+SLOW = "^the host has too little page-locked memory: weights come to the GPU more slowly$"
+
+
+@pytest.mark.parametrize(
+    ("most", "asked", "pageable", "reads"),
+    [(ALL, [ALL], [], 5), (ALL - 1, [ALL, TWO], [], 16), (TWO, [ALL, TWO], [], 16), (0, [ALL, TWO], [TWO], 16)],
+)
+def test_less_page_locked_memory_than_all_units_take(
+    monkeypatch: pytest.MonkeyPatch, host: Host, most: int, asked: list[int], pageable: list[int], reads: int
+) -> None:
+    """Three rounds of five layers and the first of a fourth, of which each is read once, or anew at every turn."""
+    layers, x = Layers(monkeypatch), torch.randn(2, 8)
+    expected, host.most = layers.outputs(x), most
+    stream = layers.stream(rounds=True)
+    with pytest.warns(UserWarning, match=SLOW) if most < ALL else nullcontext() as warned:
+        for _ in range(3):
+            assert all(map(torch.equal, layers.outputs(x), expected))
+        stream.close()
+    assert warned is None or len(warned) == 1
+    assert (host.asked, host.pageable) == (asked, pageable)
+    parts = host.pages.view(torch.float32).split(64)
+    lie = range(5) if most == ALL else [4, 0]  # of places that are filled in turn, those read last
+    assert all(torch.equal(parts[k][: 8 * (4 + i)], layers.stored[f"{i}.weight"].flatten()) for k, i in enumerate(lie))
+    assert len(layers.reads) == reads
+    assert layers.reads == [f"{i % 5}.weight" for i in range(reads)]
+    assert all(layer.weight is None for layer in layers.net)
+
+
+@pytest.mark.parametrize("rounds", [False, True])
+def test_it_is_said_once(monkeypatch: pytest.MonkeyPatch, host: Host, rounds: bool) -> None:
+    """In a process, whatever runs into it, as every picture would; units that run once have two places in any case."""
+    host.most, x = 0, torch.randn(2, 8)
+
+    def run(each: bool) -> None:
+        layers = Layers(monkeypatch)
+        expected, stream = layers.outputs(x), layers.stream(each)
+        assert all(map(torch.equal, layers.outputs(x), expected))
+        stream.close()
+
+    with pytest.warns(UserWarning, match=SLOW):
+        run(rounds)
+    run(not rounds)
+    run(rounds)
+    assert host.pageable == [TWO] * 3
+
+
+def test_a_break_with_places_that_are_refilled(monkeypatch: pytest.MonkeyPatch, host: Host) -> None:
+    """The layer that was on its way is not taken for the first."""
+    layers, x = Layers(monkeypatch), torch.randn(2, 8)
+    expected, host.most = layers.outputs(x), TWO
+    stream = layers.stream(rounds=True)
+    with pytest.warns(UserWarning, match=SLOW):
+        layers.net[0](x)
+    layers.net[1](x)
+    assert all(map(torch.equal, layers.outputs(x), expected))
+    stream.close()
