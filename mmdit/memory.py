@@ -7,6 +7,7 @@ its own; weights that are used where they lie in the mapped file cost nothing.
 
 import math
 import os
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -53,6 +54,8 @@ class Plan:
     batch: int  # pictures denoised at a time
     strip: int | None  # height of the strips that are decoded, in rows of the latent; None: whole
     peaks: dict[str, int]
+    kept: int = 0  # blocks of the transformer that stay where it comes block by block
+    blocks: int = 0  # of it that take memory of the device, those kept among them
 
     @property
     def peak(self) -> int:
@@ -66,11 +69,12 @@ class Plan:
         encoders = {mode for name, mode in self.modes.items() if name not in ("transformer", "vae")}
         text = "come block by block" if Mode.STREAMED in encoders else "stay"
         ways = {Mode.RESIDENT: "stays", Mode.STAGED: "is there while it runs", Mode.STREAMED: "comes block by block"}
+        kept = f", {self.kept} of {self.blocks} blocks stay" if self.kept else ""
         batch = f", {self.batch} pictures at a time" if self.batch > 1 else ""
         strips = "whole" if self.strip is None else f"in strips of {self.strip} latent rows"
         return (
             f"{told(self.peak)} at the peak; encode {told(self.peaks['encode'])}: text encoders {text}; "
-            f"denoise {told(self.peaks['denoise'])}: transformer {ways[self.modes['transformer']]}{batch}; "
+            f"denoise {told(self.peaks['denoise'])}: transformer {ways[self.modes['transformer']]}{kept}{batch}; "
             f"decode {told(self.peaks['decode'])}: {strips}"
         )
 
@@ -122,7 +126,7 @@ class Planner:
         """
         now = plan.peaks[stage]
         if stage != "decode":  # it may have been a bound from above
-            now = min(now, self.predict(plan.modes, job, plan.batch, 0).peaks[stage])
+            now = min(now, self.predict(plan.modes, job, plan.batch, 0, kept=plan.kept).peaks[stage])
         enough = self._own + int(_LESS * (now - self._own))
         others = list(self.plans(job, enough))
         found = next((other for other in others if other.peaks[stage] <= enough), None)
@@ -130,13 +134,27 @@ class Planner:
         return found if found.peaks[stage] < now else None
 
     def plans(self, job: Job, budget: int) -> Iterator[Plan]:
-        """All plans, the fastest first; each decodes in the highest strips that the budget allows, if any."""
+        """All plans, the fastest first; each decodes in the highest strips, and keeps the most blocks, that fit."""
         batches = [job.count]
         while batches[-1] > 1:
             batches.append(-(-batches[-1] // 2))
         for modes in self.ladder():
-            for batch in batches:
-                yield self.predict(modes, job, batch, budget)
+            if modes["transformer"] is not Mode.STREAMED:
+                yield from (self.predict(modes, job, batch, budget) for batch in batches)
+                continue
+            every = [self.keeping(modes, job, batch, budget) for batch in batches]
+            # Blocks come anew for every batch: where steps wait for them, what counts is how many come for all batches
+            # together. Where no step waits, two small batches take hardly longer than a large one.
+            yield from sorted(every, key=lambda plan: (plan.blocks - plan.kept) * -(-job.count // plan.batch))
+
+    def keeping(self, modes: dict[str, Mode], job: Job, batch: int, budget: int) -> Plan:
+        """The plan with as many blocks kept while others come and go as fit into the budget; none where none do."""
+        blocks = range(len(self._networks["transformer"].going(0)))
+
+        def peak(kept: int) -> int:
+            return self.predict(modes, job, batch, budget, kept=kept).peaks["denoise"]
+
+        return self.predict(modes, job, batch, budget, kept=max(0, bisect_right(blocks, budget, key=peak) - 1))
 
     def ladder(self) -> list[dict[str, Mode]]:
         """Where the networks can be, the fastest way first."""
@@ -149,10 +167,12 @@ class Planner:
         resident = dict.fromkeys(self._networks, Mode.RESIDENT)
         return [resident, {**staged, "transformer": Mode.RESIDENT, "vae": Mode.RESIDENT}, staged, streamed]
 
-    def predict(self, modes: dict[str, Mode], job: Job, batch: int, budget: int, rough: bool = False) -> Plan:
+    def predict(
+        self, modes: dict[str, Mode], job: Job, batch: int, budget: int, rough: bool = False, kept: int = 0
+    ) -> Plan:
         """The plan with these modes and this batch, decoding in the highest strips that keep it within the budget.
 
-        rough: bounds from above.
+        rough: bounds from above. kept: blocks of the transformer that stay, where it comes block by block.
         """
         encoding = self.encoding_bound if rough else self.encoding
         denoising = self.denoising_bound if rough else self.denoising
@@ -160,43 +180,40 @@ class Planner:
         stay += self._own
         if self._device.type == "cpu":  # weights under adapters
             stay += sum(network.source.put_bytes for network in self._networks.values())
-        comes = {n: 0 if mode is Mode.RESIDENT else self.weights(n, mode) for n, mode in modes.items()}
+        stays = {n: kept if n == "transformer" else 0 for n in modes}
+        comes = {n: 0 if mode is Mode.RESIDENT else self.weights(n, mode, stays[n]) for n, mode in modes.items()}
         encoders = [name for name in modes if name not in ("transformer", "vae")]
         encode = max(comes[n] + self.visit(*self.streamed(n, modes[n])) + encoding(n, job) for n in encoders)
         network, table = self._networks["transformer"], self.modulations(job, batch)
         before = self.visit(network, [] if modes["transformer"] is Mode.RESIDENT else network.before)
-        loop = self.visit(*self.streamed("transformer", modes["transformer"])) + denoising(job, batch)
+        loop = self.visit(*self.streamed("transformer", modes["transformer"], kept)) + denoising(job, batch)
         denoise = comes["transformer"] + table + max(before, loop)
         strip, picture = self.decoding(job, int(_ROOM * budget) - stay - comes["vae"])
         peaks = {"encode": stay + encode, "denoise": stay + denoise, "decode": stay + comes["vae"] + picture}
-        return Plan(modes, batch, strip, peaks)
+        blocks = len(network.going(0)) if modes["transformer"] is Mode.STREAMED else 0
+        return Plan(modes, batch, strip, peaks, kept, blocks)
 
     # ---- weights ---------------------------------------------------------------------------------
 
-    def weights(self, name: str, mode: Mode) -> int:
+    def weights(self, name: str, mode: Mode, kept: int = 0) -> int:
         """Bytes of what lies on the device as long as the network is there."""
         network = self._networks[name]
-        apart = {n for unit in network.apart(mode) for n in unit.names}
+        apart = {n for unit in network.apart(mode, kept) for n in unit.names}
         if self._device.type != "cpu" and network.layout.table is not None:
             apart.add(network.layout.table)
-        return sum(self.cost(network, n) for n in network.source.shapes if n not in apart)
+        return network.cost(*(n for n in network.source.shapes if n not in apart))
 
     def size(self, name: str) -> int:
         """Bytes of all weights of a network, wherever they lie."""
         return sum(map(self._networks[name].source.nbytes, self._networks[name].source.shapes))
 
-    def streamed(self, name: str, mode: Mode) -> tuple[Network, list[Unit]]:
+    def streamed(self, name: str, mode: Mode, kept: int = 0) -> tuple[Network, list[Unit]]:
         network = self._networks[name]
-        return network, network.blocks if mode is Mode.STREAMED else []
+        return network, network.going(kept) if mode is Mode.STREAMED else []
 
     def visit(self, network: Network, units: list[Unit]) -> int:
         """Bytes of two of the units, as many as are there at a time."""
-        return 2 * max((sum(self.cost(network, name) for name in unit.names) for unit in units), default=0)
-
-    def cost(self, network: Network, name: str) -> int:
-        source = network.source
-        there = source.is_put(name) or (source.is_mapped(name) and not network.layout.channels_last)
-        return 0 if there and self._device.type == "cpu" else source.nbytes(name)
+        return 2 * max((network.cost(*unit.names) for unit in units), default=0)
 
     # ---- computation -----------------------------------------------------------------------------
 

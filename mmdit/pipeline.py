@@ -195,7 +195,7 @@ class Pipeline:
         """Have on the device what the plan says."""
         self.plan = plan
         with memory_errors("loading"):
-            self.residency.arrange(plan.modes)
+            self.residency.arrange(plan.modes, plan.kept)
 
     def stage(
         self, name: str, job: Job, seconds: dict[str, float], work: Callable[[tqdm], T], bar: tqdm | None = None

@@ -5,10 +5,8 @@ of weights are treated apart: tables of which a run needs a few rows stay on the
 layers, a third of its weights, are used before the first step for all steps at once and need not be there in the loop.
 """
 
-import ctypes
 import re
 from collections.abc import Callable
-from contextlib import suppress
 from enum import StrEnum
 from typing import Any, NamedTuple
 
@@ -16,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mmdit.streaming import Stream, Unit
+from mmdit.streaming import Stream, Unit, give_back
 from weights import Source
 
 
@@ -25,7 +23,7 @@ class Mode(StrEnum):
 
     RESIDENT = "resident"  # from loading on, all but its table
     STAGED = "staged"  # while it is used, without what is needed only before the loop
-    STREAMED = "streamed"  # while it is used, and of its blocks only the one that runs and the next
+    STREAMED = "streamed"  # while it is used, and of its blocks only the one that runs and the next, and those kept
 
 
 class Layout(NamedTuple):
@@ -71,7 +69,7 @@ class Network:
         for tensor, empty in module.state_dict(keep_vars=True).items():
             empty.data = empty.data.to(source.dtype(tensor))
         self.source, self.device, self.change = source, device, change
-        self.mode = Mode.RESIDENT
+        self.mode, self.kept = Mode.RESIDENT, 0  # blocks that stay while the others come and go
         self.shapes = {name: shape for name, shape in source.shapes.items() if not name.endswith("weight_scale")}
         self.original = source.original
         self.layout = LAYOUTS[name]
@@ -91,7 +89,7 @@ class Network:
         if self.here:
             return
         self.here = True  # from the first tensor on, so that `leave` takes out what came before a failure
-        apart = self.apart(self.mode)
+        apart = self.apart(self.mode, self.kept)
         later = {name for unit in apart for name in unit.names}
         for name in self.source.shapes:
             if name not in later:
@@ -116,9 +114,24 @@ class Network:
         if self.device.type == "cpu":
             give_back()
 
-    def apart(self, mode: Mode) -> list[Unit]:
-        """The units that come to the device only while they run."""
-        return {Mode.RESIDENT: [], Mode.STAGED: self.before, Mode.STREAMED: [*self.before, *self.blocks]}[mode]
+    def apart(self, mode: Mode, kept: int = 0) -> list[Unit]:
+        """The units that come to the device only while they run; kept: blocks that stay though others come and go."""
+        if mode is Mode.STREAMED:
+            return [*self.before, *self.going(kept)]
+        return self.before if mode is Mode.STAGED else []
+
+    def going(self, kept: int) -> list[Unit]:
+        """The blocks that come and go where so many stay beside those that take no memory of the device."""
+        return spread([unit for unit in self.blocks if self.cost(*unit.names)], kept)
+
+    def cost(self, *names: str) -> int:
+        """Bytes that these tensors take of the device's memory."""
+        return sum(self.source.nbytes(name) for name in names if not self.lies(name))
+
+    def lies(self, name: str) -> bool:
+        """Whether a tensor is used where it lies already, in the file or under adapters."""
+        there = self.source.is_put(name) or (self.source.is_mapped(name) and not self.layout.channels_last)
+        return there and self.device.type == "cpu"
 
     def put(self, name: str, tensor: Tensor | None) -> None:
         """Compute with this weight, on the CPU, from now on; None: with the original."""
@@ -145,12 +158,6 @@ class Network:
             module._buffers[leaf] = empty if tensor is None else tensor
 
 
-def give_back() -> None:
-    """Return freed memory to the system: glibc keeps what is not at the end of its heap, some hundred megabytes."""
-    with suppress(AttributeError, OSError, TypeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 def units(module: nn.Module, layout: Layout) -> tuple[list[Unit], list[Unit]]:
     """The modules used before the loop, and the blocks, each with the matrices that it alone needs.
 
@@ -174,6 +181,12 @@ def units(module: nn.Module, layout: Layout) -> tuple[list[Unit], list[Unit]]:
     return found[0], found[1]
 
 
+def spread(blocks: list[Unit], kept: int) -> list[Unit]:
+    """All but so many of them: those left out lie evenly among the rest, which come while several blocks compute."""
+    count = len(blocks)
+    return [block for i, block in enumerate(blocks) if i * kept // count == (i + 1) * kept // count]
+
+
 def _looked_up(module: nn.Module, name: str) -> bool:
     return isinstance(module.get_submodule(name.rpartition(".")[0]), nn.Embedding)
 
@@ -195,12 +208,17 @@ class Residency:
         if name is not None:
             self.networks[name].enter()
 
-    def arrange(self, modes: dict[str, Mode]) -> None:
-        """From now on, these networks are on the device in these ways; those that are to stay there come now."""
+    def arrange(self, modes: dict[str, Mode], kept: int = 0) -> None:
+        """From now on, these networks are on the device in these ways; those that are to stay there come now.
+
+        kept: blocks that stay of a network whose blocks come and go in rounds.
+        """
         for name, mode in modes.items():
-            if self.networks[name].mode is not mode:
-                self.networks[name].leave()
-                self.networks[name].mode = mode
+            network = self.networks[name]
+            stay = kept if network.layout.loop and mode is Mode.STREAMED else 0
+            if (network.mode, network.kept) != (mode, stay):
+                network.leave()
+                network.mode, network.kept = mode, stay
         stay = [network for name, network in self.networks.items() if modes[name] is Mode.RESIDENT]
         size = sum(
             network.source.nbytes(name) for network in stay for name in network.source.shapes if not network.here

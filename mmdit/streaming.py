@@ -6,9 +6,11 @@ while the first computes; weights that are read more than once stay page-locked,
 the thread does the conversion, and weights that need none are used where they lie in the file.
 """
 
+import ctypes
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from itertools import accumulate
 from typing import NamedTuple, Protocol
@@ -130,7 +132,15 @@ class Direct:
 
     def left(self, turn: int) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        if self._where.type == "cpu":  # what was converted before the loop is not to lie beside it
+            give_back()
+
+
+def give_back() -> None:
+    """Return freed memory to the system: glibc keeps what is not at the end of its heap, some hundred megabytes."""
+    with suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Paged:
