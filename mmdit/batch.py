@@ -143,7 +143,6 @@ class Drawing:
         job = self.pipe.job(replace(largest, t5_length=max(lengths)))
         plan, budget = self.fitting(job, largest.memory)
         most = min(_TEXTS, max(map(len, lengths.values())))
-        sizes = iter((self.pipe.planner.texts(job, plan, budget, most), job.texts))  # the second for a second try
 
         def work(_: tqdm) -> Texts:
             size, found = next(sizes), {}
@@ -157,7 +156,9 @@ class Drawing:
             return found
 
         self.tell("encode")
-        self.pipe.follow(plan)
+        self.pipe.follow(plan, job)
+        texts = self.pipe.planner.texts(job, plan, budget, most) if self.pipe.plan is plan else job.texts
+        sizes = iter((texts, job.texts))  # the second for a second try
         try:
             return self.pipe.stage("encode", job, self.seconds, work, self.bar)
         except DeviceMemoryError:
@@ -176,13 +177,13 @@ class Drawing:
         plan = self.plan_for(job, first.memory)
         while alike:
             now, alike = alike[: plan.batch], alike[plan.batch :]
-            self.pipe.follow(plan)
+            self.pipe.follow(plan, job)
             latents = self.denoise(job, [self.pictures[i] for i in now], texts)
             plan = self.pipe.plan  # a smaller one where memory ran out
             for i, latent in zip(now, latents.split(1)):
                 self.tell("draw")
                 if self.pipe.plan is not plan:  # the pipeline was used for something else meanwhile
-                    self.pipe.follow(plan)
+                    self.pipe.follow(plan, job)
                 pixels = self.pipe.stage("decode", job, self.seconds, lambda _, z=latent: self.pipe.decode(z), self.bar)
                 plan, self.done = self.pipe.plan, self.done + 1
                 yield i, Image.fromarray(pixels[0].numpy())

@@ -90,6 +90,7 @@ class Planner:
     def __init__(self, networks: Mapping[str, Network], device: torch.device, dtype: torch.dtype) -> None:
         self._networks, self._device, self._dtype = networks, device, dtype
         self._measured: dict[tuple[object, ...], int] = {}
+        self._refused = math.inf  # bytes of weights that were to stay and could not be had
         self._own = self._beside()
 
     def plan(self, job: Job, budget: int, exact: bool = True) -> Plan:
@@ -98,14 +99,16 @@ class Planner:
         exact: without it, where memory abounds, the peaks are bounds from above, found without loading PyTorch's
         compiler, which "meta" tensors need and which takes longer than all else before the first step.
         """
-        if not exact and (plan := self.predict(self.ladder()[0], job, job.count, budget, rough=True)).peak <= budget:
-            return plan
+        if not exact:
+            plan = self.predict(self.ladder()[0], job, job.count, budget, rough=True)
+            if self.fits(plan, budget):
+                return plan
         if not self._measured and self._device.type == "cpu":
             peak_bytes(lambda: torch.zeros(1, device="meta") + 1)  # loads what measuring needs, which is counted too
             self._own = self._beside()
         smallest = None
         for plan in self.plans(job, budget):
-            if plan.peak <= budget:
+            if self.fits(plan, budget):
                 return plan
             smallest = plan if smallest is None or plan.peak < smallest.peak else smallest
         assert smallest is not None
@@ -115,6 +118,10 @@ class Planner:
             f"takes {told(smallest.peak)}, to {stage}"
         )
 
+    def fits(self, plan: Plan, budget: int) -> bool:
+        """Whether it keeps to the budget, and fewer weights stay than could not be had before."""
+        return plan.peak <= budget and self.staying(plan.modes) < self._refused
+
     def _beside(self) -> int:
         """Bytes that this process has on the device beside this model, or will have."""
         return _WORKSPACE.get(self._device.type, 0) + taken_bytes(self._device)
@@ -122,16 +129,21 @@ class Planner:
     def smaller(self, job: Job, plan: Plan, stage: str) -> Plan | None:
         """A plan for when this one's memory could not be had in a stage: the fastest that takes much less there.
 
-        Where none takes much less, the smallest; None where that takes no less.
+        Where none takes much less, the smallest; None where that takes no less. In the stage "loading" weights come to
+        stay: where they could not, every stage is to take less than they would have, and they are not to stay again.
         """
         now = plan.peaks[stage]
         if stage != "decode":  # it may have been a bound from above
-            now = min(now, self.predict(plan.modes, job, plan.batch, 0, kept=plan.kept).peaks[stage])
+            now = self.predict(plan.modes, job, plan.batch, 0, kept=plan.kept).peaks[stage]
         enough = self._own + int(_LESS * (now - self._own))
         others = list(self.plans(job, enough))
-        found = next((other for other in others if other.peaks[stage] <= enough), None)
-        found = found or min(others, key=lambda other: other.peaks[stage])
-        return found if found.peaks[stage] < now else None
+        found = next((o for o in others if (o.peak if stage == "loading" else o.peaks[stage]) <= enough), None)
+        found = found or min(others, key=lambda other: (other.peaks[stage], other.peak))
+        if found.peaks[stage] >= now:
+            return None
+        if stage == "loading":
+            self._refused = min(self._refused, self.staying(plan.modes))
+        return found
 
     def plans(self, job: Job, budget: int) -> Iterator[Plan]:
         """All plans, the fastest first; each decodes in the highest strips, and keeps the most blocks, that fit."""
@@ -176,8 +188,7 @@ class Planner:
         """
         encoding = self.encoding_bound if rough else self.encoding
         denoising = self.denoising_bound if rough else self.denoising
-        stay = sum(self.weights(name, mode) for name, mode in modes.items() if mode is Mode.RESIDENT)
-        stay += self._own
+        stay = self._own + self.staying(modes)
         if self._device.type == "cpu":  # weights under adapters
             stay += sum(network.source.put_bytes for network in self._networks.values())
         stays = {n: kept if n == "transformer" else 0 for n in modes}
@@ -190,10 +201,15 @@ class Planner:
         denoise = comes["transformer"] + table + max(before, loop)
         strip, picture = self.decoding(job, int(_ROOM * budget) - stay - comes["vae"])
         peaks = {"encode": stay + encode, "denoise": stay + denoise, "decode": stay + comes["vae"] + picture}
+        peaks["loading"] = stay
         blocks = len(network.going(0)) if modes["transformer"] is Mode.STREAMED else 0
         return Plan(modes, batch, strip, peaks, kept, blocks)
 
     # ---- weights ---------------------------------------------------------------------------------
+
+    def staying(self, modes: dict[str, Mode]) -> int:
+        """Bytes of the weights that are on the device for good."""
+        return sum(self.weights(name, mode) for name, mode in modes.items() if mode is Mode.RESIDENT)
 
     def weights(self, name: str, mode: Mode, kept: int = 0) -> int:
         """Bytes of what lies on the device as long as the network is there."""

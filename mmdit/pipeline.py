@@ -74,7 +74,8 @@ class Pipeline:
             by_onednn(self.transformer)
         if settings.compile:
             compile_model(self.transformer, self.device)
-        self.follow(self.plan_for(settings.resolved(self.defaults)))
+        settings = settings.resolved(self.defaults)
+        self.follow(self.plan_for(settings), self.job(settings))
 
     @classmethod
     def load(cls, model: str | Path | None = None, **keywords: Any) -> "Pipeline":
@@ -137,8 +138,8 @@ class Pipeline:
         s, seconds = self.check(settings), {}
         assert s.width and s.height and s.steps and s.t5_length and s.cfg is not None
         steps, cfg, t5_length = s.steps, s.cfg, s.t5_length
-        self.follow(self.plan_for(s))
         job = self.job(s)
+        self.follow(self.plan_for(s), job)
         texts = [s.prompt] if cfg == 1 else [s.prompt, s.negative]
         noise = self.noise(s.width, s.height, range(s.seed, s.seed + s.count))
         sigmas = shifted_sigmas(steps, self.shift)
@@ -191,32 +192,41 @@ class Pipeline:
         rows, columns = (min(side // cell, largest) for side in (s.height, s.width))
         return Job(rows, columns, s.count, s.steps, 1 if s.cfg == 1 else 2, 0 if s.t5 == "omit" else s.t5_length)
 
-    def follow(self, plan: Plan) -> None:
-        """Have on the device what the plan says."""
+    def follow(self, plan: Plan, job: Job) -> None:
+        """Have on the device what the plan for this job says, or the next smaller one where memory runs out."""
         self.plan = plan
+        self.again("loading", job, self.arrange)
+
+    def arrange(self) -> None:
         with memory_errors("loading"):
-            self.residency.arrange(plan.modes, plan.kept)
+            self.residency.arrange(self.plan.modes, self.plan.kept)
 
-    def stage(
-        self, name: str, job: Job, seconds: dict[str, float], work: Callable[[tqdm], T], bar: tqdm | None = None
-    ) -> T:
-        """Add a stage's time to `seconds`; where memory runs out, take the next smaller plan and begin it once again.
-
-        bar: what `work` is given, in place of a bar of its own.
-        """
-        start, failures = time.perf_counter(), 0
+    def again(self, name: str, job: Job, work: Callable[[], T]) -> T:
+        """What `work` gives; where memory runs out, take the next smaller plan and begin it once again."""
+        failures = 0
         while True:
             try:
-                result = self.attempt(name, work, bar)
-                break
+                if failures:
+                    self.arrange()
+                return work()
             except DeviceMemoryError as error:
                 failures, told = failures + 1, str(error)  # not the error itself: it holds all that the attempt made
             self.residency.use(None)
             plan = self.planner.smaller(job, self.plan, name) if failures == 1 else None
             if plan is None:
                 raise DeviceMemoryError(told)
-            warnings.warn(f"{name}: memory ran out; trying again with less: {plan}", stacklevel=2)
-            self.follow(plan)
+            warnings.warn(f"{name}: memory ran out; trying again with less: {plan}", stacklevel=3)
+            self.plan = plan
+
+    def stage(
+        self, name: str, job: Job, seconds: dict[str, float], work: Callable[[tqdm], T], bar: tqdm | None = None
+    ) -> T:
+        """Add a stage's time to `seconds`; where memory runs out, it is begun once `again`.
+
+        bar: what `work` is given, in place of a bar of its own.
+        """
+        start = time.perf_counter()
+        result = self.again(name, job, lambda: self.attempt(name, work, bar))
         seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
         return result
 

@@ -89,6 +89,13 @@ class Network:
         if self.here:
             return
         self.here = True  # from the first tensor on, so that `leave` takes out what came before a failure
+        try:
+            self._bring(progress)
+        except BaseException:
+            self.leave()  # or what came in part would be taken for the whole
+            raise
+
+    def _bring(self, progress: Callable[[int], object]) -> None:
         apart = self.apart(self.mode, self.kept)
         later = {name for unit in apart for name in unit.names}
         for name in self.source.shapes:
@@ -211,7 +218,7 @@ class Residency:
     def arrange(self, modes: dict[str, Mode], kept: int = 0) -> None:
         """From now on, these networks are on the device in these ways; those that are to stay there come now.
 
-        kept: blocks that stay of a network whose blocks come and go in rounds.
+        kept: blocks that stay of a network whose blocks come and go in rounds. Where that fails, all networks leave.
         """
         for name, mode in modes.items():
             network = self.networks[name]
@@ -224,6 +231,11 @@ class Residency:
             network.source.nbytes(name) for network in stay for name in network.source.shapes if not network.here
         )
         if size:
-            with tqdm(total=size, desc="load", unit="B", unit_scale=True, disable=None, leave=False) as bar:
-                for network in stay:
-                    network.enter(bar.update)
+            try:
+                with tqdm(total=size, desc="load", unit="B", unit_scale=True, disable=None, leave=False) as bar:
+                    for network in stay:
+                        network.enter(bar.update)
+            except BaseException:
+                for network in self.networks.values():
+                    network.leave()
+                raise

@@ -266,7 +266,7 @@ def test_encoders_that_left_stay_away(pipeline: Pipeline, monkeypatch: pytest.Mo
     drawing = Drawing(pipeline, [pipeline.check(replace(pipeline.settings, prompt="a horse"))])
     job = pipeline.job(drawing.pictures[0])
     for modes in (everything, without):
-        pipeline.follow(replace(pipeline.plan, modes=modes))
+        pipeline.follow(replace(pipeline.plan, modes=modes), job)
         assert drawing.plan_for(job, "auto").modes == modes
     assert len(list(drawing)) == 1
     assert pipeline.plan.modes == everything

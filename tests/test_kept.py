@@ -20,6 +20,7 @@ from mmdit.residency import Mode, Network, spread
 from mmdit.streaming import Paged, Unit
 from weights import Source
 
+JOB = Job(8, 12, 1, 3, 2, 20)
 DEPTH = 7  # of the toy here: blocks 0 to 2 with a second attention, block 6 without an output for the texts
 STREAMED = RUNGS[-1]
 
@@ -91,7 +92,7 @@ def test_another_number_while_they_are_there(folder: Path) -> None:
     cond, x = pipeline.encode(["a horse"], 20), pipeline.noise(96, 64, [0])
     expected = pipeline.velocity(cond)(x, torch.tensor(0.7))
     for kept, stay in ((2, [3, 6]), (5, [1, 2, 4, 5, 6]), (0, []), (3, [2, 4, 6])):
-        pipeline.follow(replace(pipeline.plan, modes=STREAMED, kept=kept))
+        pipeline.follow(replace(pipeline.plan, modes=STREAMED, kept=kept), JOB)
         velocity = pipeline.velocity(cond)
         for _ in range(2):
             assert there(pipeline) == stay
@@ -99,10 +100,10 @@ def test_another_number_while_they_are_there(folder: Path) -> None:
         assert there(pipeline) == stay
     pipeline.residency.use(None)
     assert there(pipeline) == []
-    pipeline.follow(replace(pipeline.plan, modes=RUNGS[0], kept=3))
+    pipeline.follow(replace(pipeline.plan, modes=RUNGS[0], kept=3), JOB)
     assert there(pipeline) == list(range(DEPTH))
     stayed = pipeline.transformer.x_embedder.proj.weight
-    pipeline.follow(replace(pipeline.plan, modes=RUNGS[0], kept=0))
+    pipeline.follow(replace(pipeline.plan, modes=RUNGS[0], kept=0), JOB)
     assert pipeline.transformer.x_embedder.proj.weight is stayed  # which a number kept of nothing does not fetch anew
 
 
@@ -110,7 +111,7 @@ def test_another_number_while_they_are_there(folder: Path) -> None:
 def test_after_a_round_that_was_broken_off(folder: Path) -> None:
     """In a block that stays, and in one that comes: what was on its way is not taken for another block's."""
     pipeline = Pipeline.load(folder, dtype="bf16", device="cpu")
-    pipeline.follow(replace(pipeline.plan, modes=STREAMED, kept=3))
+    pipeline.follow(replace(pipeline.plan, modes=STREAMED, kept=3), JOB)
     velocity, x = pipeline.velocity(pipeline.encode(["a horse"], 20)), pipeline.noise(96, 64, [0])
     expected = velocity(x, torch.tensor(0.7))
     for block in (2, 3):
@@ -253,7 +254,7 @@ def test_less_is_fewer_kept(full: dict[str, Network]) -> None:  # noqa: F811
 def test_on_a_cpu_only_what_is_converted(folder: Path) -> None:
     """As many are kept as fit of blocks that need memory; of those that need none there is nothing to keep."""
     pipeline = Pipeline.load(folder, dtype="bf16", device="cpu")
-    planner, job = pipeline.planner, Job(8, 12, 1, 3, 2, 20)
+    planner, job = pipeline.planner, JOB
     network, staged, none = pipeline.residency.networks["transformer"], RUNGS[2], planner.predict(STREAMED, job, 1, 0)
     most = planner.predict(staged, job, 1, 0).peaks["denoise"] - 1
     plan = planner.keeping(STREAMED, job, 1, most)

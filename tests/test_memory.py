@@ -94,7 +94,7 @@ def test_a_broken_off_round_does_not_harm_the_next(folders: dict[str, Path]) -> 
     """The next block's weights, on their way when the first breaks off, are not taken for the first's."""
     pipeline = Pipeline.load(folders["bf16"], dtype="bf16", device="cpu")
     plan = replace(pipeline.plan, modes=RUNGS[-1])
-    pipeline.follow(plan)
+    pipeline.follow(plan, Job(8, 12, 1, 3, 2, 20))
     velocity = pipeline.velocity(pipeline.encode([PROMPT], 20))
     x, sigma = pipeline.noise(96, 64, [0]), torch.tensor(0.7)
     expected = velocity(x, sigma)
