@@ -17,7 +17,8 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from threading import Event, Thread
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +28,9 @@ from benchmarks import speed_peers as peers
 from mmdit import Pipeline
 from mmdit.attention import attention_by
 from mmdit.loading import DTYPES
-from mmdit.memory import on_meta, told
+from mmdit.memory import on_meta, own_bytes, told
 from mmdit.model import MMDiT
+from mmdit.residency import give_back
 
 STAGES = ("start", "encode", "step", "decode", "whole")
 # Ratios of our time to theirs that are aimed at, on a GPU and on a CPU, and the least share of the matrix rate.
@@ -44,25 +46,39 @@ PRODUCT = "product"  # the matrix product that the rate is measured by
 PROMPT = "a horse and a bear on a green background"
 
 
+class Grown(NamedTuple):
+    """A row of a stage: how much work it is, and what it took."""
+
+    what: str
+    work: float
+    seconds: dict[str, float]
+    beyond: dict[str, int]  # bytes at the peak, beyond those that were taken before
+
+
 class Table:
-    """Rows of times in turn, printed as they come."""
+    """Rows of times in turn, printed as they come, and last how those of one kind grow."""
 
     def __init__(self, cuda: bool, repeats: int) -> None:
         self.cuda, self.repeats = cuda, repeats
+        self.grown: dict[str, list[Grown]] = {}  # by stage
         print("| stage | what | ours | peer | ratio | target |\n| --- | --- | --- | --- | --- | --- |")
 
     def measure(
-        self, stage: str, what: str, runs: dict[str, Callable[[], object]], clock: Any = None
+        self, stage: str, what: str, runs: dict[str, Callable[[], object]], clock: Any = None, work: float = 0
     ) -> dict[str, float]:
-        """runs: ours first. clock: seconds of one run, if they are not simply counted. Returns the medians."""
+        """runs: ours first. clock: seconds of one run, if they are not simply counted. Returns the medians.
+
+        work: in any unit, how much it is; such rows are compared at the end.
+        """
         times: dict[str, list[float]] = {name: [] for name in runs}
-        if clock is None:
-            for run in runs.values():  # what is made or compiled at the first call
-                run()
+        # What is made or compiled at the first call is not timed; its memory is counted.
+        beyond = {} if clock else {name: self.beyond(run) for name, run in runs.items()}
         for _ in range(self.repeats):
             for name, run in runs.items():
                 times[name].append(clock(run) if clock else self.timed(run))
         middle = {name: statistics.median(values) for name, values in times.items()}
+        if work:
+            self.grown.setdefault(stage, []).append(Grown(what, work, middle, beyond))
         ours = middle["ours"]
         for name, other in middle.items():
             if name in ("ours", PRODUCT):
@@ -78,6 +94,42 @@ class Table:
         run()
         self.wait()
         return time.perf_counter() - begin
+
+    def beyond(self, run: Callable[[], object]) -> int:
+        """Bytes that a run takes at its peak beyond those that are taken before it."""
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            run()
+            return torch.cuda.max_memory_allocated() - before
+        give_back()
+        before, seen, done = own_bytes(), [0], Event()
+
+        def watch() -> None:
+            while not done.wait(0.01):
+                seen.append(own_bytes() - before)
+
+        watcher = Thread(target=watch)
+        watcher.start()
+        try:
+            run()
+        finally:
+            done.set()
+            watcher.join()
+        return max(seen)
+
+    def growth(self) -> None:
+        """How time and memory grow with the work, each against the first row of its stage."""
+        for stage, rows in self.grown.items():
+            print(f"\n| {stage} | work | ours: time | memory | diffusers: time | memory |\n| --- {'| --- ' * 5}|")
+            first = rows[0]
+            for row in rows:
+                cells = [f"x{row.work / first.work:.2f}"]
+                for name in ("ours", "diffusers"):
+                    known = name in row.seconds and name in first.seconds
+                    cells.append(f"x{row.seconds[name] / first.seconds[name]:.2f}" if known else "")
+                    cells.append(told(row.beyond[name]) if known else "")
+                print(f"| {row.what} | {' | '.join(cells)} |")
 
     def wait(self) -> None:
         if self.cuda:
@@ -131,7 +183,7 @@ def step(table: Table, pipe: Pipeline, others: dict[str, peers.Maker], size: int
         except (RuntimeError, ValueError, ImportError) as error:
             print(f"left out: {name}: {' '.join(str(error).split())[:200]}")
     runs[PRODUCT], large = product(pipe.device, pipe.dtype)
-    seconds = table.measure("step", f"{size}x{size}, {batch} pictures", runs)
+    seconds = table.measure("step", f"{size}x{size}, {batch} pictures", runs, work=batch * size**2)
     count, rate = operations(pipe, size, batch, tokens), large / seconds[PRODUCT]
     peak = told(pipe.planner.denoising(pipe.job(settings_of(pipe, size, batch)), batch))
     print(
@@ -162,8 +214,8 @@ def start(table: Table, args: argparse.Namespace) -> None:
         return seconds
 
     def child(who: str) -> Callable[[], object]:
-        given = (str(args.folder), who, str(args.size[0]), args.dtype, args.device)
-        line = [sys.executable, "-m", "benchmarks.speed_peers", *given]
+        given = (who, str(args.folder), str(args.size[0]), args.dtype, args.device)
+        line = [sys.executable, "-m", "benchmarks.first_step", *given]
         return lambda: subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
     runs = {"ours": child("ours"), "diffusers": child("diffusers")}
@@ -190,7 +242,7 @@ def decode(table: Table, pipe: Pipeline, diffusers: Any, size: int) -> None:
         given = (latent / scale + shift).to(pipe.device, pipe.dtype)
         return diffusers.image_processor.postprocess(diffusers.vae.decode(given, return_dict=False)[0], "pt").cpu()
 
-    table.measure("decode", f"{size}x{size}", {"ours": lambda: pipe.decode(latent), "diffusers": theirs})
+    table.measure("decode", f"{size}x{size}", {"ours": lambda: pipe.decode(latent), "diffusers": theirs}, work=size**2)
 
 
 def whole(table: Table, pipe: Pipeline, diffusers: Any, size: int, batch: int, steps: int) -> None:
@@ -199,7 +251,7 @@ def whole(table: Table, pipe: Pipeline, diffusers: Any, size: int, batch: int, s
         return diffusers(PROMPT, negative_prompt="", guidance_scale=4.5, **sides)
 
     runs = {"ours": lambda: pipe.run(settings_of(pipe, size, batch, steps)), "diffusers": theirs}
-    table.measure("whole", f"{size}x{size}, {batch} pictures, {steps} steps", runs)
+    table.measure("whole", f"{size}x{size}, {batch} pictures, {steps} steps", runs, work=batch * size**2 * steps)
 
 
 @torch.no_grad()
@@ -240,6 +292,7 @@ def main() -> None:
                 whole(table, pipe, diffusers, size, batch, steps)
         if "decode" in args.stages:
             decode(table, pipe, diffusers, size)
+    table.growth()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
-"""What `benchmarks.speed` compares: a guided step by each, and the start of a process of each."""
+"""What `benchmarks.speed` compares: a guided step by each."""
 
 import copy
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -104,26 +102,3 @@ def _bfloat16(ov: Any, tensor: Tensor) -> Any:
 
 
 STEPS: dict[str, Callable[[Any, Any], Maker]] = {"diffusers": eager, "compiled": compiled, "openvino": openvino}
-
-
-def first_step(who: str, folder: Path, size: int, dtype: str, device: str) -> None:
-    """Draw until the transformer is called for the first time, say so, and end the process."""
-
-    def reached(*_: object) -> None:
-        print("first step", flush=True)
-        os._exit(0)
-
-    if who == "ours":
-        from mmdit import Pipeline
-
-        pipe: Any = Pipeline.load(folder, dtype=dtype, device=device, t5="off", width=size, height=size)
-        pipe.transformer.x_embedder.register_forward_pre_hook(reached)
-        pipe("a horse")
-    else:
-        pipe = diffusers(folder, dtype, device)
-        pipe.transformer.register_forward_pre_hook(reached)
-        pipe("a horse", width=size, height=size)
-
-
-if __name__ == "__main__":
-    first_step(sys.argv[2], Path(sys.argv[1]), int(sys.argv[3]), sys.argv[4], sys.argv[5])

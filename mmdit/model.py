@@ -256,7 +256,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(config.in_channels, config.hidden_size, patch, stride=patch)
 
     def forward(self, latent: Tensor) -> Tensor:
-        return rearrange(self.proj(latent), "b d h w -> b (h w) d")
+        tokens = rearrange(self.proj(latent), "b d h w -> b (h w) d")
+        return tokens.contiguous()  # sums keep their operands' strides: all blocks would work on transposed tokens
 
 
 class Embedder(nn.Module):

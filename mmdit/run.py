@@ -1,6 +1,7 @@
 """The command line: `python -m mmdit.run "a horse and a bear on a green background"`."""
 
 import argparse
+import gc
 import signal
 import sys
 import time
@@ -79,6 +80,7 @@ def draw(settings: Settings) -> None:
     imported = time.perf_counter()
     try:
         pipeline = Pipeline.from_settings(settings)
+        settle()
         loaded = time.perf_counter()
         pipeline.check(settings)
         show_plan(pipeline, pipeline.plan)
@@ -119,6 +121,7 @@ def draw_list(settings: Settings) -> None:
         if pictures:
             largest = max(pictures, key=lambda s: (s.width or 0) * (s.height or 0))
             pipeline = Pipeline.from_settings(largest, parts)
+            settle()
             seconds["load"] = time.perf_counter() - start - seconds["import"]
             show_plan(pipeline, pipeline.plan)
             for folder in {path.parent for path in paths}:
@@ -130,6 +133,16 @@ def draw_list(settings: Settings) -> None:
     except USER_ERRORS as error:
         raise SettingsError(str(error)) from error
     report(seconds, time.perf_counter() - start, len(paths), sum(s.count for s in wanted) - len(paths))
+
+
+def settle() -> None:
+    """Call after loading, which goes without the garbage collector where this runs as a program.
+
+    All that is imported and loaded stays; to go through it again and again takes a seventh of the start.
+    """
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
 
 
 def show_plan(pipeline: "Pipeline", plan: "Plan") -> None:
@@ -168,5 +181,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    gc.disable()  # until `settle`
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a killed run cleans up as an interrupted one does
     sys.exit(main())

@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import math
 
 import pytest
 import torch
@@ -63,6 +64,21 @@ def test_cores_with_any_number_of_rows_at_a_time(scores: int, monkeypatch: pytes
     expected = written_out(q, k, v)
     assert float((found - expected).norm() / expected.norm()) <= 4e-3
     assert (torch.get_num_threads(), torch.backends.mkldnn.matmul.fp32_precision) == before
+
+
+@pytest.mark.skipif(not cores.available(torch.device("cpu"), torch.bfloat16), reason="needs bfloat16 in oneDNN")
+@pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.parametrize("largest", [0.0, 50.0, 200.0, 2000.0, 2e4])
+def test_cores_with_scores_that_powers_cannot_hold(largest: float, sign: int) -> None:
+    """Scores about `largest`, as powers of two, of one sign in a row, and of both signs in the first."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (0.25 * torch.randn(1, 70, 2, 64, generator=generator) for _ in range(3))
+    q[..., 0], k[..., 0] = sign * largest**0.5, (8 * math.log(2) * largest**0.5)
+    k[:, ::3, :, 0] *= 1 - 1e-2
+    q[:, 0], k[:, 0] = -q[:, 0], -k[:, 0]
+    q, k, v = (t.bfloat16() for t in (q, k, v))
+    found, expected = cores.attend(q, k, v).flatten(2).double(), written_out(q, k, v)
+    assert float((found - expected).norm() / expected.norm()) <= 6e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
