@@ -30,7 +30,7 @@ from mmdit.attention import attention_by
 from mmdit.loading import DTYPES
 from mmdit.memory import on_meta, own_bytes, told
 from mmdit.model import MMDiT
-from mmdit.residency import give_back
+from mmdit.streaming import give_back
 
 STAGES = ("start", "encode", "step", "decode", "whole")
 # Ratios of our time to theirs that are aimed at, on a GPU and on a CPU, and the least share of the matrix rate.
