@@ -51,6 +51,7 @@ TARGETS = [
     Target(1440, 1440, 4.0e9, 1.7e9),
     Target(1920, 1024, 4.0e9, 1.7e9),
 ]
+BETWEEN = (2.0e9, 3.0e9)  # budgets for which some of the blocks stay
 CPU_TARGET = 3.0e9  # anonymous memory for 512x512 with T5
 
 
@@ -101,14 +102,16 @@ def predicted() -> None:
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for target in TARGETS:
         for modes, most in ((staged, target.staged), (streamed, target.streamed)):
-            plan = planner.predict(modes, job(target), 1, int(most))
-            print(row(target, plan, most))
+            print(row(target, planner.predict(modes, job(target), 1, int(most)), f"{most / 1e9:.1f} GB"))
+        for budget in BETWEEN:
+            print(row(target, planner.plan(job(target), int(budget)), f"budget {budget / 1e9:.1f} GB"))
 
 
-def row(target: Target, plan: Plan, most: float) -> str:
+def row(target: Target, plan: Plan, most: str) -> str:
     peaks = [f"{plan.peaks[stage] / 1e9:.2f}" for stage in ("encode", "denoise", "decode")]
     strip = "whole" if plan.strip is None else f"{plan.strip} rows"
-    cells = [f"{target.width}x{target.height}", plan.modes["transformer"], f"{most / 1e9:.1f} GB"]
+    way = f"{plan.modes['transformer']}{f', {plan.kept} blocks stay' if plan.kept else ''}"
+    cells = [f"{target.width}x{target.height}", way, most]
     return f"| {' | '.join([*cells, f'{plan.peak / 1e9:.2f} GB', *peaks, strip])} |"
 
 
