@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import speed_peers as peers
+from benchmarks.parts import parts
 from mmdit import Pipeline
 from mmdit.attention import attention_by
 from mmdit.loading import DTYPES
@@ -189,7 +190,8 @@ def step(table: Table, pipe: Pipeline, others: dict[str, peers.Maker], size: int
     print(
         f"| step | roofline: {count / 1e12:.2f} TFLOP at {rate / 1e12:.2f} TFLOP/s | {count / rate:.3f} s | "
         f"attained {count / rate / seconds['ours']:.0%} | | {ATTAINED[0 if table.cuda else 1]:.0%} |\n"
-        f"| step | memory of the computation, predicted | {peak} | | | |",
+        f"| step | memory of the computation, predicted | {peak} | | | |\n"
+        f"| step | where ours goes: {parts(runs['ours'], table.cuda)} | | | | |",
         flush=True,
     )
 
