@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from mmdit import attention
@@ -40,7 +39,7 @@ def parts(run: Callable[[], object], cuda: bool) -> str:
 def own_times(events: Any, cuda: bool) -> dict[str, float]:
     """Of each operation that attention does not call; attention's own with all that it calls."""
     times: dict[str, float] = {}
-    events = [event for event in events if event.device_type == DeviceType.CPU]
+    events = [event for event in events if event.device_type.name == "CPU"]
     for event in events:
         within, whole = event, False
         while within.cpu_parent is not None and not whole:
