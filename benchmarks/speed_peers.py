@@ -61,6 +61,7 @@ def eager(other: Any, pipe: Any) -> Maker:
 
 def compiled(other: Any, pipe: Any) -> Maker:
     """Each of its blocks compiled, which compiles a kind of block once, on the same weights."""
+    torch._dynamo.config.cache_size_limit = 64  # kinds of block times shapes: past 8 it would run uncompiled
     shared = {id(t): t for t in (*other.transformer.parameters(), *other.transformer.buffers())}
     model = copy.deepcopy(other.transformer, shared)
     for block in model.transformer_blocks:

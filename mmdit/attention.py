@@ -54,6 +54,8 @@ def missing(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
         return "it needs bf16 or fp16"
     if name == "cudnn" and not torch.backends.cudnn.is_available():
         return "this PyTorch has no cuDNN"
+    if name == "cudnn" and torch.cuda.get_device_capability(device) < (8, 0):
+        return "it needs a GPU of compute capability 8.0 or more"
     if name == "cores" and not cores.available(device, dtype):
         return "it needs bf16 on a CPU whose oneDNN multiplies it"
     return None
@@ -64,6 +66,8 @@ def missing(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
 
 def auto(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The fastest for what it is given: `cores` for bfloat16 on a CPU without gradients, else PyTorch's choice."""
+    if q.device.type != "cpu":  # PyTorch's compiler knows that without a look into what follows, which it cannot read
+        return sdpa(q, k, v)
     gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     worth = q.shape[1] * k.shape[1] >= _MANY and cores.available(q.device, q.dtype) and not gradients
     return cores.attend(q, k, v) if worth else sdpa(q, k, v)

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from mmdit.model import JointBlock, LayerNorm, MMDiT
 
+_SHAPES = 64  # kinds of block times sizes and batches; past PyTorch's own limit, 8, the next would not be compiled
+
 
 def compile_model(model: MMDiT, device: torch.device) -> None:
     """Have a built model compute by compiled code from now on; for each new shape the first step compiles it."""
@@ -40,6 +42,9 @@ def lacking(device: torch.device) -> str | None:
 
 def compile_blocks(model: MMDiT, **how: Any) -> None:
     """The blocks, one compilation for each of their kinds; how: as torch.compile takes it."""
+    from torch._dynamo import config  # here: it takes longer than all else before the first step
+
+    config.cache_size_limit = max(config.cache_size_limit, _SHAPES)
     forward = torch.compile(JointBlock.forward, **how)
     for block in model.joint_blocks:
         block.forward = MethodType(forward, block)
