@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -175,10 +176,37 @@ def test_predicted_peaks_are_those_counted(
     assert same.together == pytest.approx(decode_peak(config, h, w, rows, dtype, store_apart=False), rel=0.01)
     load = strips.Map.load
     monkeypatch.setattr(strips.Map, "load", lambda *args, **options: load(*args, **options).clone())
+    monkeypatch.setattr(strips, "CACHED", strips.LAUNCHED)
     apart = _count(config, h, w, rows or h, dtype)
+    if rows is not None:
+        expected = peak(config, h, w, rows, dtype, gpu=True)
+        assert apart.peak["device"] == pytest.approx(decode_peak(config, h, w, rows, dtype), rel=0.01)
     assert apart.peak["device"] == pytest.approx(expected.device, rel=0.01)
-    assert apart.peak["device"] == pytest.approx(decode_peak(config, h, w, rows, dtype), rel=0.01)
     assert apart.peak.get("store", 0) == pytest.approx(expected.store, rel=0.01)
+
+
+def test_a_whole_decode_on_a_gpu_holds_each_norm_twice() -> None:
+    """In 16 bits: input of 256 channels, norm, its copy, result of 128, at the picture's size; float32 has no copy."""
+    assert decode_peak(SD3_VAE, 128, 90, None, torch.bfloat16) == 2 * (3 * 256 + 128) * 1024 * 720
+    assert decode_peak(SD3_VAE, 128, 90, None, torch.bfloat16, store_apart=False) == 2 * (2 * 256 + 128) * 1024 * 720
+    assert decode_peak(SD3_VAE, 128, 90, None, torch.float32) == 4 * (2 * 256 + 128) * 1024 * 720
+
+
+@pytest.mark.parametrize("pin", [True, False])
+def test_a_host_that_page_locks_nothing(pin: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its memory serves as it is; where there is none at all, that is told."""
+    empty, most = torch.empty, 1000
+
+    def refused(*size: int, pin_memory: bool = False, **more: Any) -> Tensor:
+        if pin_memory or torch.Size(size).numel() > most:
+            raise RuntimeError("CUDA error: out of memory" if pin_memory else "can't allocate memory")
+        return empty(*size, **more)
+
+    monkeypatch.setattr(torch, "empty", refused)
+    room = strips._room((1, 4, 6, 5), torch.float32, torch.device("cpu"), pin)
+    assert room.shape == (1, 4, 6, 5) and room.is_contiguous(memory_format=torch.channels_last)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        strips._room((1, 4, 60, 50), torch.float32, torch.device("cpu"), pin)
 
 
 @pytest.mark.parametrize("rows", [32, 10, 3])

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from vae.autoencoder import VAEConfig
-from vae.strips import CACHED, strips
+from vae.strips import CACHED, LAUNCHED, strips
 
 
 class Peak(NamedTuple):
@@ -31,7 +31,7 @@ def decode_peak(
     memory than the device's (`peak` tells the store's own bytes). Of several pictures, strips take the same and the
     finished pictures more, the plain path takes the multiple.
     """
-    found = peak(config, h, w, rows, dtype)
+    found = peak(config, h, w, rows, dtype, store_apart)
     return found.device if store_apart else found.together
 
 
@@ -43,11 +43,16 @@ def rows_for(
     return next(fitting, None)
 
 
-def peak(config: VAEConfig, h: int, w: int, rows: int | None, dtype: torch.dtype) -> Peak:
-    """All three peaks of `decode_peak`'s arguments."""
-    moments = list(
-        _plain(config, h, w) if rows is None or rows >= h else _in_strips(config, h, w, rows, dtype.itemsize)
-    )
+def peak(config: VAEConfig, h: int, w: int, rows: int | None, dtype: torch.dtype, gpu: bool = False) -> Peak:
+    """All three peaks of `decode_peak`'s arguments.
+
+    gpu: whether that is where it is computed. PyTorch's group norm there gives up the layout that convolutions in 16
+    bits want (channels last), and each copies its input back (`native_group_norm` in PyTorch 2.13, read, not measured).
+    """
+    if rows is None or rows >= h:
+        moments = list(_plain(config, h, w, copied=gpu and dtype.itemsize == 2))
+    else:
+        moments = list(_in_strips(config, h, w, rows, dtype.itemsize, LAUNCHED if gpu else CACHED))
     device = max(m.made + m.loaded for m in moments)
     store = max(m.store for m in moments)
     together = max(m.made + m.store for m in moments)
@@ -84,19 +89,23 @@ def _middle(config: VAEConfig, h: int, w: int) -> Moment:
     return Moment(9 * config.block_out_channels[-1] * h * w)
 
 
-def _plain(config: VAEConfig, h: int, w: int) -> Iterator[Moment]:
+def _plain(config: VAEConfig, h: int, w: int, copied: bool) -> Iterator[Moment]:
+    norms = 2 if copied else 1  # of a convolution's input
     yield _middle(config, h, w)
     for before, after, scale, doubles in _layers(config):
         size = scale * h * scale * w
-        yield Moment((2 * before + after) * size)  # conv1: the block's input, its norm, the result
-        yield Moment((before + 2 * after) * size)  # conv2 likewise, and the sum with the input in another width
+        yield Moment(((1 + norms) * before + after) * size)  # conv1: the block's input, its norm, the result
+        yield Moment(
+            (before + (1 + norms) * after) * size
+        )  # conv2 likewise, and the sum with the input in another width
         if doubles:
             yield Moment((1 + 4 + 4) * after * size)  # the map, its rows and columns doubled, the result
     width, size = config.block_out_channels[0], config.downscale**2 * h * w
-    yield Moment((2 * width + config.image_channels) * size)
+    yield Moment(((1 + norms) * width + config.image_channels) * size)
 
 
-def _in_strips(config: VAEConfig, h: int, w: int, rows: int, itemsize: int) -> Iterator[Moment]:
+def _in_strips(config: VAEConfig, h: int, w: int, rows: int, itemsize: int, many: int) -> Iterator[Moment]:
+    """many: numbers that are normalised at a time."""
     yield _middle(config, h, w)
     held = config.block_out_channels[-1] * h * w  # numbers of the map that a block begins with, in the store
     yield Moment(held, 0, held)
@@ -106,8 +115,8 @@ def _in_strips(config: VAEConfig, h: int, w: int, rows: int, itemsize: int) -> I
         room = after * size if after > before else 0  # for a sum that does not fit into the input's place
         for own, seen, made in _extents(scale * h, scale * rows):
             result = after * made * columns
-            yield from _filtered(before, seen, columns, result, store, itemsize)
-            yield from _filtered(after, seen, columns, result, store + room, itemsize)
+            yield from _filtered(before, seen, columns, result, store, itemsize, many)
+            yield from _filtered(after, seen, columns, result, store + room, itemsize, many)
             shortcut = after * own * columns if after != before else 0
             yield Moment(result + shortcut, before * own * columns, store + room)
         held = max(held, after * size) if not room else after * size
@@ -122,14 +131,16 @@ def _in_strips(config: VAEConfig, h: int, w: int, rows: int, itemsize: int) -> I
             held = 4 * after * size
     width, columns, size = config.block_out_channels[0], config.downscale * w, config.downscale**2 * h * w
     for _, seen, made in _extents(config.downscale * h, config.downscale * rows):
-        for moment in _filtered(width, seen, columns, config.image_channels * made * columns, held, itemsize):
+        for moment in _filtered(width, seen, columns, config.image_channels * made * columns, held, itemsize, many):
             yield moment._replace(made=moment.made + config.image_channels * size)  # the picture
 
 
-def _filtered(channels: int, rows: int, columns: int, result: int, store: int, itemsize: int) -> Iterator[Moment]:
+def _filtered(
+    channels: int, rows: int, columns: int, result: int, store: int, itemsize: int, many: int
+) -> Iterator[Moment]:
     """Norm, SiLU and convolution of a strip; of fewer than four bytes, some rows twice in float32."""
     size, row = rows * channels * columns, channels * columns
-    exact = 0 if itemsize >= 4 else 2 * (4 // itemsize) * row * min(max(CACHED // row, 1), rows)
+    exact = 0 if itemsize >= 4 else 2 * (4 // itemsize) * row * min(max(many // row, 1), rows)
     yield Moment(size + exact, size, store)
     yield Moment(size + result, 0, store)
 

@@ -19,6 +19,7 @@ is one piece of memory. How much each device holds: `vae.memory`.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,8 @@ from torch import Tensor, nn
 
 from vae.autoencoder import Autoencoder, GroupNorm, ResnetBlock, Upsample
 
-CACHED = 2**19  # numbers that are normalised at a time
+CACHED = 2**19  # numbers that are normalised at a time on a CPU
+LAUNCHED = 2**23  # elsewhere, where each time costs a launch
 UPDATE_STATS = ("cpu", "cuda")  # devices on which PyTorch has batch_norm_update_stats
 
 
@@ -156,7 +158,8 @@ def _normalised(x: Tensor, norm: "WholeNorm") -> Tensor:
     """
     if x.dtype == norm.mean.dtype:
         return _normalised_exactly(x, norm)
-    y, rows = torch.empty_like(x), max(CACHED // (x.shape[1] * x.shape[3]), 1)
+    many = CACHED if x.device.type == "cpu" else LAUNCHED
+    y, rows = torch.empty_like(x), max(many // (x.shape[1] * x.shape[3]), 1)
     for part, result in zip(x.split(rows, dim=2), y.split(rows, dim=2)):
         result.copy_(_normalised_exactly(part.to(norm.mean.dtype), norm))
     return y
@@ -237,7 +240,13 @@ class Map:
 
 
 def _room(shape: Sequence[int], dtype: torch.dtype, store: torch.device, pin: bool) -> Tensor:
-    return torch.empty(*shape, dtype=dtype, device=store, pin_memory=pin, memory_format=torch.channels_last)
+    room = partial(torch.empty, *shape, dtype=dtype, device=store, memory_format=torch.channels_last)
+    try:
+        return room(pin_memory=pin)
+    except RuntimeError:  # a host may page-lock little; copies then wait for one another
+        if not pin:
+            raise
+        return room()
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
