@@ -132,6 +132,7 @@ def on_cuda(folder: Path, steps: int) -> None:
         base = 0.0
         for plan, most in zip(plans, (None, target.staged, target.streamed)):
             pipe.plan_for = lambda _, plan=plan: plan  # type: ignore[method-assign]
+            pipe.follow(plan, pipe.job(settings))
             pipe.residency.use(None)
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()

@@ -31,7 +31,9 @@ _LIGHT = 0.25  # of a network's weights: so few that need memory beside the mapp
 _UNITS = 20  # tensors as large as all tokens together that a step never needs more of at a time
 _LESS = 0.75  # of the memory that could not be had
 _ROOM = 0.95  # of a budget, for decoding: convolutions may take memory of their own
+_LIBRARIES = ("ALLOC_FAILED", "ALLOCATION_FAILED", "unable to find an engine")  # cuBLAS and cuDNN out of memory
 _SHARE = 0.9  # of what is free: the rest is for what allocators waste
+_LIBRARY = 500_000_000  # bytes on a GPU that kernels and libraries may still take when they are first used
 
 
 class Job(NamedTuple):
@@ -99,6 +101,8 @@ class Planner:
         exact: without it, where memory abounds, the peaks are bounds from above, found without loading PyTorch's
         compiler, which "meta" tensors need and which takes longer than all else before the first step.
         """
+        if self._device.type == "cuda":
+            self._own = self._beside()  # others of this process may have come to the device, or left it
         if not exact:
             plan = self.predict(self.ladder()[0], job, job.count, budget, rough=True)
             if self.fits(plan, budget):
@@ -123,8 +127,10 @@ class Planner:
         return plan.peak <= budget and self.staying(plan.modes) < self._refused
 
     def _beside(self) -> int:
-        """Bytes that this process has on the device beside this model, or will have."""
-        return _WORKSPACE.get(self._device.type, 0) + taken_bytes(self._device)
+        """Bytes that this process has on the device beside this model's networks, or will have."""
+        here = {name: network for name, network in self._networks.items() if network.here}
+        ours = sum(self.weights(name, network.mode, network.kept) for name, network in here.items())
+        return _WORKSPACE.get(self._device.type, 0) + max(0, taken_bytes(self._device) - ours)
 
     def smaller(self, job: Job, plan: Plan, stage: str) -> Plan | None:
         """A plan for when this one's memory could not be had in a stage: the fastest that takes much less there.
@@ -322,7 +328,10 @@ class Planner:
 def budget_of(memory: str, device: torch.device) -> int:
     """Bytes that `--memory` allows; of "auto" most of what is free on the device. SettingsError for what is no size."""
     given = memory_bytes(memory)
-    return int(_SHARE * free_bytes(device)) if given is None else given
+    if given is not None:
+        return given
+    free = free_bytes(device)
+    return max(0, min(int(_SHARE * free), free - _LIBRARY)) if device.type == "cuda" else int(_SHARE * free)
 
 
 class DeviceMemoryError(ValueError):
@@ -335,7 +344,7 @@ def memory_errors(what: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        words = ("out of memory", "not enough memory", "can't allocate memory")
+        words = ("out of memory", "not enough memory", "can't allocate memory", *_LIBRARIES)
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not any(w in str(error) for w in words):
             raise
         tries = "--quantise int8, --t5 off, a smaller picture, or --device cpu"

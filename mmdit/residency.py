@@ -120,6 +120,8 @@ class Network:
         self.here = False
         if self.device.type == "cpu":
             give_back()
+        elif self.device.type == "cuda":
+            torch.cuda.empty_cache()  # the next network's memory is of other sizes: both would be held
 
     def apart(self, mode: Mode, kept: int = 0) -> list[Unit]:
         """The units that come to the device only while they run; kept: blocks that stay though others come and go."""
