@@ -193,13 +193,14 @@ class Drawing:
         pipe, kind, start = self.pipe, Kind.of(pictures[0]), self.bar.n
         sigmas = shifted_sigmas(kind.steps, pipe.shift)
 
-        def watch(step: Step) -> None:
-            pipe.check_finite(step.x, f"the latents after step {step.index + 1} of {kind.steps}")
-            self.bar.update(len(step.x))
-
         @torch.no_grad()
         def work(bar: tqdm) -> Tensor:
-            bar.n, ends = start, []
+            bar.n, ends, check = start, [], pipe.finite_steps(kind.steps)
+
+            def watch(step: Step) -> None:
+                check(step)
+                bar.update(len(step.x))
+
             for i in range(0, len(pictures), pipe.plan.batch):
                 some = pictures[i : i + pipe.plan.batch]
                 cond, *uncond = (together(row, texts) for row in zip(*map(texts_of, some)))

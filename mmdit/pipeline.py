@@ -35,6 +35,7 @@ from vae import Autoencoder, decode_in_strips
 from weights import CheckpointError
 
 T = TypeVar("T")
+_ASKED = 8  # steps of a GPU that are asked about at a time
 
 
 class NotFiniteError(ValueError):
@@ -212,6 +213,8 @@ class Pipeline:
             except DeviceMemoryError as error:
                 failures, told = failures + 1, str(error)  # not the error itself: it holds all that the attempt made
             self.residency.use(None)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()  # libraries that ask the driver for memory see none of what PyTorch holds
             plan = self.planner.smaller(job, self.plan, name) if failures == 1 else None
             if plan is None:
                 raise DeviceMemoryError(told)
@@ -310,19 +313,41 @@ class Pipeline:
     def check_finite(self, values: Tensor, what: str) -> None:
         """Raise NotFiniteError for NaN or infinity."""
         if not bool(torch.isfinite(values).all()):
-            narrow = "float16 may be too narrow: try --dtype bf16 or --dtype fp32"
-            hint = narrow if self.dtype == torch.float16 else "the weights may be damaged: compare with another copy"
-            raise NotFiniteError(f"{what}: NaN or infinity; {hint}")
+            raise self.not_finite(what)
+
+    def not_finite(self, what: str) -> NotFiniteError:
+        narrow = "float16 may be too narrow: try --dtype bf16 or --dtype fp32"
+        hint = narrow if self.dtype == torch.float16 else "the weights may be damaged: compare with another copy"
+        return NotFiniteError(f"{what}: NaN or infinity; {hint}")
+
+    def finite_steps(self, steps: int) -> Callable[[Step], None]:
+        """A sampler's callback for so many steps: raises NotFiniteError that names the first whose latents are not.
+
+        A GPU is asked about several steps at a time: waiting for an answer leaves it without work.
+        """
+        flags: list[Tensor] = []
+
+        def watch(step: Step) -> None:
+            flags.append(torch.isfinite(step.x).all())
+            if len(flags) == (1 if self.device.type == "cpu" else _ASKED) or step.index + 1 == steps:
+                finite = torch.stack(flags).tolist()
+                flags.clear()
+                if not all(finite):
+                    first = step.index + 2 - len(finite) + finite.index(False)
+                    raise self.not_finite(f"the latents after step {first} of {steps}")
+
+        return watch
 
 
 class Watch:
     """What is looked at after each step: are the numbers finite; and the trace, if there is one, batch by batch."""
 
     def __init__(self, pipe: Pipeline, bar: tqdm, steps: int, trace: dict[str, Tensor] | None, first: bool) -> None:
-        self.pipe, self.bar, self.steps, self.trace, self.first = pipe, bar, steps, trace, first
+        self.bar, self.trace, self.first = bar, trace, first
+        self.check = pipe.finite_steps(steps)
 
     def __call__(self, step: Step) -> None:
-        self.pipe.check_finite(step.x, f"the latents after step {step.index + 1} of {self.steps}")
+        self.check(step)
         seen = {f"velocity.{step.index}": step.velocity, f"latents.{step.index}": step.x}
         if self.trace is not None:
             for name, values in seen.items():

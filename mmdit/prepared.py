@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from mmdit.model import MMDiT, Modulations, crop_positions
+from mmdit.model import MMDiT, Modulation, Modulations, crop_positions
 
 
 class Prepared:
@@ -38,14 +38,14 @@ class Prepared:
             self._learn([level])
         if size not in self._positions:
             self._positions[size] = crop_positions(self.model.pos_embed, *size).to(latent)
-        told = [
-            tuple(tuple(self._spread(t[: len(latent) // self.count]) for t in part) for part in parts)
-            for parts in self._known[level]
-        ]
+        told, texts = self._known[level], len(latent) // self.count
+        if self.count > 1 or texts < len(self.pooled):
+            told = [tuple(self._spread(part, texts) for part in parts) for parts in told]
         return self.model.flow(latent, self._positions[size], self.context[: len(latent)], told)
 
-    def _spread(self, told: Tensor) -> Tensor:
-        return told if self.count == 1 else told.repeat_interleave(self.count, dim=0)
+    def _spread(self, part: Modulation, texts: int) -> Modulation:
+        """For every latent of the first texts; all shifts, scales and gates at once, since each copy costs a launch."""
+        return torch.stack(part)[:, :texts].repeat_interleave(self.count, dim=1).unbind()
 
     def _learn(self, sigmas: list[float]) -> None:
         """The modulations of these noise levels, all in one batch."""

@@ -14,7 +14,7 @@ from mmdit.settings import ATTENTIONS
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHAPES = [(1, 1, 1, 1, 8), (2, 37, 53, 3, 64), (1, 515, 521, 2, 64), (3, 700, 640, 1, 40)]  # B, N, M, heads, size
+SHAPES = [(1, 1, 2, 1, 8), (2, 37, 53, 3, 64), (1, 515, 521, 2, 64), (3, 700, 640, 1, 40)]  # B, N, M, heads, size
 AUTO = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
 THERE = [
     (name, device, dtype)
@@ -50,7 +50,8 @@ def test_attention_is_the_formula(name: str, device: str, dtype: torch.dtype, sh
         found = attention(q, k, v)
     expected = written_out(q, k, v)
     assert found.dtype == dtype and found.shape == expected.shape
-    assert float((found.cpu().double() - expected).norm() / expected.norm()) <= AUTO[dtype]
+    most = 1e-5 if (device, dtype) == ("cuda", torch.float32) else AUTO[dtype]  # three products in TF32
+    assert float((found.cpu().double() - expected).norm() / expected.norm()) <= most
 
 
 @pytest.mark.skipif(not cores.available(torch.device("cpu"), torch.bfloat16), reason="needs bfloat16 in oneDNN")

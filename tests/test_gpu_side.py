@@ -1,0 +1,146 @@
+"""What a GPU alone brings about, played where there is none: errors of its libraries, budgets, compiled shapes."""
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from reference import draw, transformers
+
+from mmdit import cores
+from mmdit.attention import BACKENDS
+from mmdit.compiled import compile_blocks
+from mmdit.config import TOY
+from mmdit.memory import DeviceMemoryError, Planner, budget_of, memory_errors
+from mmdit.pipeline import NotFiniteError, Pipeline
+from mmdit.residency import Mode, Network
+from samplers import Step
+
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "GET was unable to find an engine to execute this computation",
+        "CUDA error: out of memory",
+    ],
+)
+def test_libraries_that_run_out_of_memory_are_understood(message: str) -> None:
+    words = r"^decode: the device's memory does not suffice"
+    with pytest.raises(DeviceMemoryError, match=words), memory_errors("decode"):
+        raise RuntimeError(message)
+    other = "cuBLAS error: CUBLAS STATUS EXECUTION FAILED"
+    with pytest.raises(RuntimeError, match=other), memory_errors("decode"):
+        raise RuntimeError(other)
+
+
+@pytest.mark.parametrize(
+    ("free", "reserved", "budget"),
+    [(80e9, 0, 72e9), (3e9, 1e9, 3.5e9), (2.5e9, 0, 2e9), (4e8, 0, 0)],
+)
+def test_auto_leaves_a_gpu_what_its_libraries_take(
+    free: float, reserved: float, budget: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tenth of what is free, at least half a gigabyte."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(free), int(1e11)))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: int(reserved))
+    assert budget_of("auto", CUDA) == int(budget)
+
+
+class Sized:
+    """Stands for the source of a module's weights, none of them mapped."""
+
+    put_bytes = 0
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+    def __call__(self, name: str) -> torch.Tensor:
+        return torch.zeros(self.shapes[name])
+
+    original = __call__
+
+    def dtype(self, _: str) -> torch.dtype:
+        return torch.float32
+
+    def nbytes(self, name: str) -> int:
+        return 4 * torch.Size(self.shapes[name]).numel()
+
+    def is_mapped(self, _: str) -> bool:
+        return False
+
+    is_put = is_mapped
+
+
+def test_what_others_of_the_process_have_on_a_gpu_is_not_planned_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is there beside the networks that are there, whenever a plan is made; 40 MB for libraries."""
+    with torch.device("meta"):
+        module = torch.nn.Linear(1000, 9)
+    source: Any = Sized(module)
+    network = Network("vae", module, source, CUDA)
+    network.mode, own = Mode.STAGED, 4 * 9009
+    taken = 5000
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: taken)
+    planner = Planner({"vae": network}, CUDA, torch.float32)
+    assert planner._beside() == 40_000_000 + 5000
+    network.here, taken = True, own + 700
+    assert planner._beside() == 40_000_000 + 700
+    planner.plans = lambda *_: iter(())  # type: ignore[method-assign]
+    with pytest.raises(AssertionError):
+        planner.plan(None, 10**9)  # type: ignore[arg-type]
+    assert planner._own == 40_000_000 + 700
+
+
+def test_only_a_cpu_is_asked_for_its_matrix_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's compiler cannot follow the question, and would cut every block in two."""
+
+    def asked(*_: object) -> bool:
+        raise AssertionError
+
+    monkeypatch.setattr(cores, "available", asked)
+    q = torch.empty(2, 1024, 3, 64, dtype=torch.bfloat16, device="meta")
+    assert BACKENDS["auto"](q, q, q).shape == (2, 1024, 3, 64)
+    with pytest.raises(AssertionError):
+        BACKENDS["auto"](*[torch.empty(2, 1024, 3, 64, dtype=torch.bfloat16)] * 3)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch.*")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@torch.no_grad()
+def test_every_size_and_batch_is_compiled() -> None:
+    """Three kinds of block in more shapes than PyTorch's own limit allows; past a limit this raises."""
+    config = torch._dynamo.config
+    torch._dynamo.reset()
+    sides = replace(TOY, hidden_size=192, num_heads=3, depth=3, dual_attention_blocks=(0,))
+    model = copy.deepcopy(transformers(sides)[0])
+    before = config.cache_size_limit
+    try:
+        compile_blocks(model, backend="eager")
+        with config.patch(fail_on_recompile_limit_hit=True):
+            for rows, columns, tokens in ((10, 6, 77), (4, 4, 9), (12, 2, 30)):
+                for sigmas in ((0.5,), (0.5, 0.1), (0.5, 0.4, 0.3)):
+                    model(*draw(sides, rows, columns, tokens, sigmas))
+    finally:
+        config.cache_size_limit = before
+        torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("device", "told"), [("cpu", 11), ("cuda", 16)])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_gpu_is_asked_about_several_steps_at_a_time(device: str, told: int, bad: float) -> None:
+    """Latents that are not finite from the eleventh step on; the message names it, whenever that is found."""
+    pipe = Pipeline.__new__(Pipeline)
+    pipe.device, pipe.dtype = torch.device(device), torch.bfloat16
+    for length in (20, 11, 12):
+        watch, fine = pipe.finite_steps(length), min(told, length) - 1
+        steps = [torch.full((1, 2), bad if i >= 10 else 1.0) for i in range(length)]
+        for i, x in enumerate(steps[:fine]):
+            watch(Step(i, torch.tensor(0.5), x, x))
+        with pytest.raises(
+            NotFiniteError, match=f"^the latents after step 11 of {length}: NaN or infinity; the weights"
+        ):
+            watch(Step(fine, torch.tensor(0.5), steps[fine], steps[fine]))
