@@ -321,6 +321,7 @@ class Planner:
         rows = self._once(key, lambda: rows_for(config, job.rows, job.columns, dtype, budget, apart) or 1)
         if not apart and dtype.itemsize == 2:  # strips are faster there; float32 keeps to the plain path's bits
             rows = min(rows, cpu_rows(job.rows, job.columns))
+        rows = -(-job.rows // -(-job.rows // rows))  # as many strips of equal height
         strip = None if rows >= job.rows else rows
         return strip, decode_peak(config, job.rows, job.columns, strip, dtype, apart)
 
