@@ -185,8 +185,9 @@ class Here:
     """Stands for torch with a GPU, in the host's memory."""
 
     cuda: Any = SimpleNamespace(
-        Stream=Queue, Event=Queue, current_stream=lambda _: Queue(), stream=lambda _: nullcontext()
+        Stream=Queue, Event=Queue, current_stream=lambda _: Queue(), stream=lambda _: nullcontext(), synchronize=Queue
     )
+    _C: Any = SimpleNamespace(_host_emptyCache=Queue)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
@@ -204,9 +205,7 @@ def test_places_and_pages_of_a_gpu_hold_the_right_weights(
     expected = drawn(pipeline)
     monkeypatch.setattr(Network, "lies", lambda *_: False)  # nothing is used where it lies in the file
     monkeypatch.setattr(streaming, "torch", Here())
-    monkeypatch.setattr(
-        streaming, "Direct", lambda names, source, device: Paged(names, source, device, len(names) == 2)
-    )
+    monkeypatch.setattr(streaming, "carrier", Paged)
     plan = replace(pipeline.plan, modes=RUNGS[-1])
     pipeline.plan_for = lambda _: plan
     assert equal(drawn(pipeline), expected)
