@@ -212,6 +212,7 @@ class Pipeline:
             except DeviceMemoryError as error:
                 failures, told = failures + 1, str(error)  # not the error itself: it holds all that the attempt made
             self.residency.use(None)
+            self.residency.drop()  # it may have been the host's memory that ran out
             plan = self.planner.smaller(job, self.plan, name) if failures == 1 else None
             if plan is None:
                 raise DeviceMemoryError(told)

@@ -292,3 +292,8 @@ def test_page_locked_memory_is_for_those_that_come(folder: Path, monkeypatch: py
     going: list[Unit] = [network.blocks[i] for i in (0, 1, 3, 5)]
     asked = [size[unit] for unit in going]
     assert [locked[i : i + 4] for i in range(len(locked))].count(asked) == 1
+    reads, read = Counter[str](), Source.__call__
+    monkeypatch.setattr(Source, "__call__", lambda self, name: reads.update([name]) or read(self, name))
+    assert equal(drawn(pipeline), expected)
+    assert [locked[i : i + 4] for i in range(len(locked))].count(asked) == 1
+    assert not any(reads[name] for unit in going for name in unit.names)

@@ -152,8 +152,12 @@ def test_a_stage_is_tried_again_by_the_next_smaller_plan(
         return flow(*args)
 
     monkeypatch.setattr(pipeline.transformer, "flow", scarce)
+    monkeypatch.setattr(streaming, "unlock", lambda: None)
+    pages = pipeline.residency.networks["transformer"].pages
+    pages.memory[("left",)] = torch.empty(1)
     with pytest.warns(UserWarning, match=r"^denoise: memory ran out; trying again with less: "):
         found = drawn(pipeline, count=4)
+    assert not pages.memory  # it may have been the host's memory that ran out
     assert int((found["image"].int() - expected["image"].int()).abs().max()) <= 1
     assert relative_error(found["latents.2"], expected["latents.2"]) <= 1e-5
     assert (calls[0].batch, calls[-1].batch) == (4, 2)

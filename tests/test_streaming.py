@@ -72,7 +72,7 @@ class Event:
 class Host(Here):
     """Stands for torch with a GPU, on a host that page-locks so many bytes and no more.
 
-    Each piece takes a power of two, and what is freed stays page-locked until the cache is emptied.
+    Each piece takes a power of two, and what is freed stays page-locked until copies are done and the cache is emptied.
     """
 
     def __init__(self, most: int) -> None:
@@ -81,12 +81,18 @@ class Host(Here):
         self.pageable: list[int] = []
         self.taken = 0  # bytes that are page-locked
         self.cached: list[int] = []  # sizes of those that were freed
-        self.cuda = SimpleNamespace(**{**vars(Here.cuda), "Event": Event})
+        self.unused: list[int] = []  # of which copies are known to be done
+        self.cuda = SimpleNamespace(**{**vars(Here.cuda), "Event": Event, "synchronize": self.synchronize})
         self._C = SimpleNamespace(_host_emptyCache=self.empty_cache)
 
+    def synchronize(self) -> None:
+        self.unused = list(self.cached)
+
     def empty_cache(self) -> None:
-        self.taken -= sum(self.cached)
-        self.cached.clear()
+        for size in self.unused:
+            self.cached.remove(size)
+            self.taken -= size
+        self.unused = []
 
     def empty(self, *size: int, pin_memory: bool = False, device: object = None, **more: Any) -> Tensor:
         if not pin_memory:
@@ -189,6 +195,16 @@ def test_less_page_locked_memory_than_all_units_take(
     assert len(layers.reads) == reads
     assert layers.reads == [f"{i % 5}.weight" for i in range(reads)]
     assert all(layer.weight is None for layer in layers.net)
+
+
+def test_units_that_run_once_have_two_places(monkeypatch: pytest.MonkeyPatch, host: Host) -> None:
+    """As long as they run, and nothing in memory that is for others."""
+    layers, pages, x = Layers(monkeypatch), Pages(), torch.randn(2, 8)
+    expected, stream = layers.outputs(x), layers.stream(rounds=False, pages=pages)
+    assert all(map(torch.equal, layers.outputs(x), expected))
+    assert (host.asked, host.cached) == (TWO, TWO)
+    stream.close()
+    assert len(layers.reads) == 5 and not pages.memory and not pages.read
 
 
 @pytest.mark.parametrize("rounds", [False, True])
