@@ -28,8 +28,9 @@ from benchmarks import speed_peers as peers
 from benchmarks.parts import parts
 from mmdit import Pipeline
 from mmdit.attention import attention_by
+from mmdit.host import own_bytes
 from mmdit.loading import DTYPES
-from mmdit.memory import on_meta, own_bytes, told
+from mmdit.memory import on_meta, told
 from mmdit.model import MMDiT
 from mmdit.streaming import give_back
 

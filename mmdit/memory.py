@@ -11,13 +11,13 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from mmdit.attention import chosen
 from mmdit.empty import on_meta
+from mmdit.host import available_bytes, own_bytes
 from mmdit.meter import peak_bytes
 from mmdit.model import MMDiT
 from mmdit.prepared import Prepared
@@ -359,24 +359,13 @@ def taken_bytes(device: torch.device) -> int:
     return own_bytes() if device.type == "cpu" else 0
 
 
-def own_bytes(process: int | str = "self") -> int:
-    """What a process has of its own, files that it maps left out; 0 where the system does not tell."""
-    try:
-        lines = Path(f"/proc/{process}/status").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
-    except (OSError, StopIteration, ValueError):
-        return 0
-
-
 def free_bytes(device: torch.device) -> int:
     """What this process may take of the device without harm to others, what it has there already included."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     if device.type == "mps":
         return torch.mps.recommended_max_memory()
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        available = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-        return available + own_bytes()
-    except (OSError, StopIteration, ValueError):
+    available = available_bytes()
+    if available is None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return available + own_bytes()

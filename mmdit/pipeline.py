@@ -213,6 +213,7 @@ class Pipeline:
             except DeviceMemoryError as error:
                 failures, told = failures + 1, str(error)  # not the error itself: it holds all that the attempt made
             self.residency.use(None)
+            self.residency.drop()  # it may have been the host's memory that ran out
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()  # libraries that ask the driver for memory see none of what PyTorch holds
             plan = self.planner.smaller(job, self.plan, name) if failures == 1 else None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mmdit.streaming import Stream, Unit, give_back
+from mmdit.streaming import Pages, Stream, Unit, give_back
 from weights import Source
 
 
@@ -76,6 +76,7 @@ class Network:
         self.before, self.blocks = units(module, self.layout)
         self._empty = module.state_dict(keep_vars=True)
         self.here = False
+        self.pages = Pages()  # of the blocks that come in rounds, from visit to visit
         self._streams: list[Stream] = []
         table = self.layout.table and module.get_submodule(self.layout.table.rpartition(".")[0])
         if isinstance(table, nn.Embedding):
@@ -106,7 +107,7 @@ class Network:
         blocks = [unit for unit in apart if unit in self.blocks]
         for run, loop in ((before, False), (blocks, self.layout.loop)):
             if run:
-                self._streams.append(Stream(run, self.source, self._bind, self.device, loop))
+                self._streams.append(Stream(run, self.source, self._bind, self.device, loop, self.pages))
 
     def leave(self) -> None:
         """Free the device of them; nothing where they are not there."""
@@ -147,6 +148,7 @@ class Network:
         self.source.put(name, tensor)
         if not (self.here and self.mode is Mode.RESIDENT):
             self.leave()
+            self.pages.forget(name)  # only now: a block that was on its way may have the weight as it was
             return
         for each in (name, f"{name}_scale"):
             if each in self.source.shapes:
@@ -227,6 +229,7 @@ class Residency:
             stay = kept if network.layout.loop and mode is Mode.STREAMED else 0
             if (network.mode, network.kept) != (mode, stay):
                 network.leave()
+                network.pages.drop()
                 network.mode, network.kept = mode, stay
         stay = [network for name, network in self.networks.items() if modes[name] is Mode.RESIDENT]
         size = sum(
@@ -240,4 +243,10 @@ class Residency:
             except BaseException:
                 for network in self.networks.values():
                     network.leave()
+                self.drop()
                 raise
+
+    def drop(self) -> None:
+        """Free the host's memory of blocks that come and go; they have to have left."""
+        for network in self.networks.values():
+            network.pages.drop()

@@ -2,8 +2,9 @@
 
 The device holds two modules' weights at a time. For a GPU a thread writes the next module's weights into page-locked
 memory, out of the mapped file and with whatever conversion they need, and a second queue of the GPU copies them over
-while the first computes; weights that are read more than once stay page-locked, if there is room for that. For a CPU
-the thread does the conversion, and weights that need none are used where they lie in the file.
+while the first computes; weights that are read more than once stay page-locked, if there is room for that, and are not
+read again when their network comes back. For a CPU the thread does the conversion, and weights that need none are used
+where they lie in the file.
 """
 
 import ctypes
@@ -12,15 +13,16 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
-from itertools import accumulate
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from mmdit.host import available_bytes
 from weights import Source
 
 Tensors = dict[str, Tensor]
+Names = tuple[str, ...]
 _ALIGNMENT = 256  # bytes, as the GPU's own allocator aligns
 
 
@@ -28,7 +30,7 @@ class Unit(NamedTuple):
     """A module of a network, and the tensors, by their names in the network, that it needs while it runs."""
 
     module: nn.Module
-    names: tuple[str, ...]
+    names: Names
 
 
 class Carrier(Protocol):
@@ -67,11 +69,15 @@ class Stream:
         bind: Callable[[str, Tensor | None], None],
         device: torch.device,
         rounds: bool,
+        pages: "Pages | None" = None,
     ) -> None:
-        """bind: puts a tensor, or none, into its place in the network. rounds: whether the units run more than once."""
+        """bind: puts a tensor, or none, into its place in the network. rounds: whether the units run more than once.
+
+        pages: where units that do stay in the host's memory; they outlive the stream.
+        """
         self._units, self._bind, self._rounds, self._device = units, bind, rounds, device
         names = [unit.names for unit in units]
-        self._carrier = Paged(names, source, device, rounds) if device.type == "cuda" else Direct(names, source, device)
+        self._carrier = carrier(names, source, device, (pages or Pages()) if rounds else None)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="weights")
         self._ahead: Ahead | None = None
         self._turn = 0  # of the unit that runs
@@ -118,10 +124,15 @@ class Stream:
             self._bind(name, None)
 
 
+def carrier(names: Sequence[Names], source: Source, device: torch.device, pages: "Pages | None") -> Carrier:
+    """What carries units with these tensors to the device. pages: of units that run in rounds."""
+    return Paged(names, source, device, pages) if device.type == "cuda" else Direct(names, source, device)
+
+
 class Direct:
     """For devices that read the host's memory, or have no queue of their own."""
 
-    def __init__(self, names: Sequence[tuple[str, ...]], source: Source, device: torch.device) -> None:
+    def __init__(self, names: Sequence[Names], source: Source, device: torch.device) -> None:
         self._names, self._source = names, source
         self._where = torch.device("cpu") if device.type == "mps" else device  # Metal is for one thread
 
@@ -143,6 +154,70 @@ def give_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+class Pages:
+    """Page-locked memory of units that run in rounds: each has its own, so that it is read once.
+
+    It outlives the carrier that fills it, and is one carrier's at a time.
+    """
+
+    def __init__(self) -> None:
+        self.memory: dict[Names, Tensor] = {}
+        self.read: set[Names] = set()  # units of which all tensors are there
+        self._taken = False
+
+    def take(self) -> None:
+        assert not self._taken, "two carriers would write into the same memory"
+        self._taken = True
+
+    def release(self) -> None:
+        """Called when no copy out of it is on its way."""
+        self._taken = False
+
+    def hold(self, sizes: dict[Names, int]) -> bool:
+        """Have memory for these units and no others; False, and none, where the host has too little for all of them."""
+        if self.memory.keys() == sizes.keys():
+            return True
+        self._free()
+        free = available_bytes()
+        if free is not None and sum(map(locked_bytes, sizes.values())) > free // 2:
+            return False
+        try:
+            for unit, size in sizes.items():
+                self.memory[unit] = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError:
+            self._free()  # or the two places would not find room either
+            tell_slow()
+            return False
+        return True
+
+    def forget(self, name: str) -> None:
+        """Read the unit of this tensor anew when it comes next."""
+        self.read = {unit for unit in self.read if name not in unit}
+
+    def drop(self) -> None:
+        """Give the memory back to the system."""
+        assert not self._taken, "copies out of it may be on their way"
+        if self.memory:
+            self._free()
+
+    def _free(self) -> None:
+        self.memory.clear()
+        self.read.clear()
+        unlock()
+
+
+def locked_bytes(size: int) -> int:
+    """What so many page-locked bytes take: PyTorch rounds them up to a power of two."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def unlock() -> None:
+    """Return page-locked memory that nobody uses to the system: PyTorch would keep all that it ever had."""
+    with suppress(AttributeError, RuntimeError):  # another version of PyTorch; a GPU that has failed
+        torch.cuda.synchronize()  # what was freed a moment ago is still taken for used by copies otherwise
+        torch._C._host_emptyCache()
+
+
 class Paged:
     """For CUDA: two places on the device, each as large as the largest unit, filled in turn from page-locked memory.
 
@@ -150,18 +225,20 @@ class Paged:
     little for all, those have one for each place too, filled anew at every turn; where there is none, it is ordinary.
     """
 
-    def __init__(self, names: Sequence[tuple[str, ...]], source: Source, device: torch.device, rounds: bool) -> None:
-        self._source, self._stay, self._device = source, rounds, device  # whether what was read stays page-locked
+    def __init__(self, names: Sequence[Names], source: Source, device: torch.device, pages: Pages | None) -> None:
+        """pages: for units that run in rounds; they are this one's until `close`."""
+        self._names, self._source, self._device, self._pages = names, source, device, pages
         self._layouts = [layout(unit, source) for unit in names]
-        self._size = max(end for _, end in self._layouts)
-        self._begins = list(accumulate((end for _, end in self._layouts), initial=0))
+        self._sizes = {unit: end for unit, (_, end) in zip(names, self._layouts)}
+        self._size = max(self._sizes.values())
         self._places: list[Tensor] = []
-        self._pages: Tensor | None = None
-        self._read: set[int] = set()  # units whose tensors are in page-locked memory
+        self._shared: list[Tensor] = []  # memory of the host, one for each place
         self._copies = torch.cuda.Stream(device)
         self._arrived = [torch.cuda.Event() for _ in range(2)]
         self._left = [torch.cuda.Event() for _ in range(2)]
         self._turns = 0
+        if pages is not None:
+            pages.take()
 
     def start(self, unit: int) -> tuple[int, Callable[[], Tensors]]:
         if not self._places:
@@ -172,10 +249,10 @@ class Paged:
 
         def carry() -> Tensors:
             place, (parts, end) = turn % 2, self._layouts[unit]
-            pages = self._page_locked(unit, place)
+            memory = self._filled(unit, place)
             with torch.cuda.stream(self._copies):
                 self._copies.wait_event(self._left[place])
-                self._places[place][:end].copy_(pages, non_blocking=True)
+                self._places[place][:end].copy_(memory, non_blocking=True)
                 self._arrived[place].record()
             return views(self._places[place], parts)
 
@@ -191,37 +268,35 @@ class Paged:
         # The memory goes back to the queue that computes, which knows nothing of the copies.
         self._copies.synchronize()
         self._places.clear()
-        if not self._stay:
-            self._pages = None
+        self._shared.clear()
+        if self._pages is not None:
+            self._pages.release()
 
-    def _page_locked(self, unit: int, place: int) -> Tensor:
-        """The unit's tensors, side by side in page-locked memory, or in ordinary where that cannot be had."""
-        if self._pages is None:
-            self._pages = self._host_memory()
-        parts, end = self._layouts[unit]
-        begin = self._begins[unit] if self._stay else place * self._size
-        pages = self._pages[begin : begin + end]
-        if unit not in self._read:
-            self._arrived[place].synchronize()  # what lay there before is on the device
-            for name, view in views(pages, parts).items():
-                view.copy_(self._source(name))
-            if self._stay:
-                self._read.add(unit)
-        return pages
+    def _filled(self, unit: int, place: int) -> Tensor:
+        """The unit's tensors, side by side in the host's memory."""
+        names, (parts, end) = self._names[unit], self._layouts[unit]
+        if not self._shared and (self._pages is None or not self._pages.hold(self._sizes)):
+            self._shared = two_places(self._size)
+        pages = None if self._shared else self._pages
+        if pages is not None and names in pages.read:
+            return pages.memory[names]
+        memory = self._shared[place][:end] if pages is None else pages.memory[names]
+        self._arrived[place].synchronize()  # what lay there before is on the device
+        for name, view in views(memory, parts).items():
+            view.copy_(self._source(name))
+        if pages is not None:
+            pages.read.add(names)
+        return memory
 
-    def _host_memory(self) -> Tensor:
-        """For all units that are to stay there, else for two; all at once: PyTorch rounds each up to a power of two."""
-        if self._stay:
-            try:
-                return torch.empty(self._begins[-1], dtype=torch.uint8, pin_memory=True)
-            except RuntimeError:
-                self._stay = False
-                tell_slow()
-        try:
-            return torch.empty(2 * self._size, dtype=torch.uint8, pin_memory=True)
-        except RuntimeError:
-            tell_slow()
-        return torch.empty(2 * self._size, dtype=torch.uint8)
+
+def two_places(size: int) -> list[Tensor]:
+    """Memory of the host for two units at a time, page-locked if that can be had."""
+    try:
+        return [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+    except RuntimeError:
+        tell_slow()
+    unlock()  # the first, where only the second could not be had
+    return [torch.empty(size, dtype=torch.uint8) for _ in range(2)]
 
 
 @cache

@@ -272,7 +272,7 @@ def test_on_a_cpu_only_what_is_converted(folder: Path) -> None:
 
 
 def test_page_locked_memory_is_for_those_that_come(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The carrier of a GPU on the host's memory: three of seven kept, four units side by side; the same picture."""
+    """The carrier of a GPU on the host's memory: three of seven kept, memory for each of four; the same picture."""
     locked: list[int] = []
 
     class Counted(Here):
@@ -284,15 +284,16 @@ def test_page_locked_memory_is_for_those_that_come(folder: Path, monkeypatch: py
     pipeline = Pipeline.load(folder, dtype="bf16", device="cpu")
     expected = drawn(pipeline)
     monkeypatch.setattr(streaming, "torch", Counted())
-    monkeypatch.setattr(
-        streaming,
-        "Direct",
-        lambda names, source, device: Paged(names, source, device, "joint" in names[0][0] and len(names) == 4),
-    )
+    monkeypatch.setattr(streaming, "carrier", Paged)
     streamed(pipeline, 3)
     assert equal(drawn(pipeline), expected)
     network = pipeline.residency.networks["transformer"]
     size = {unit: sum(-(-network.source.nbytes(n) // 256) * 256 for n in unit.names) for unit in network.blocks}
     going: list[Unit] = [network.blocks[i] for i in (0, 1, 3, 5)]
-    assert sum(size[unit] for unit in going) in locked
-    assert max(locked) < sum(size.values())
+    asked = [size[unit] for unit in going]
+    assert [locked[i : i + 4] for i in range(len(locked))].count(asked) == 1
+    reads, read = Counter[str](), Source.__call__
+    monkeypatch.setattr(Source, "__call__", lambda self, name: reads.update([name]) or read(self, name))
+    assert equal(drawn(pipeline), expected)
+    assert [locked[i : i + 4] for i in range(len(locked))].count(asked) == 1
+    assert not any(reads[name] for unit in going for name in unit.names)

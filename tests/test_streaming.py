@@ -1,5 +1,6 @@
 """Weights that come and go with the module that runs."""
 
+import weakref
 from collections.abc import Iterator
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from test_memory import Here
 from torch import Tensor, nn
 
 from mmdit import streaming
-from mmdit.streaming import Paged
+from mmdit.streaming import Paged, Pages
 
 
 def test_a_stream_begins_anew_after_a_break() -> None:
@@ -69,25 +70,44 @@ class Event:
 
 
 class Host(Here):
-    """Stands for torch with a GPU, on a host that page-locks so many bytes at a time and no more."""
+    """Stands for torch with a GPU, on a host that page-locks so many bytes and no more.
 
-    cuda: Any = SimpleNamespace(**{**vars(Here.cuda), "Event": Event})
+    Each piece takes a power of two, and what is freed stays page-locked until copies are done and the cache is emptied.
+    """
 
     def __init__(self, most: int) -> None:
         self.most = most
         self.asked: list[int] = []  # page-locked
         self.pageable: list[int] = []
-        self.pages = torch.empty(0)  # of the host's memory, those that were had last
+        self.taken = 0  # bytes that are page-locked
+        self.cached: list[int] = []  # sizes of those that were freed
+        self.unused: list[int] = []  # of which copies are known to be done
+        self.cuda = SimpleNamespace(**{**vars(Here.cuda), "Event": Event, "synchronize": self.synchronize})
+        self._C = SimpleNamespace(_host_emptyCache=self.empty_cache)
+
+    def synchronize(self) -> None:
+        self.unused = list(self.cached)
+
+    def empty_cache(self) -> None:
+        for size in self.unused:
+            self.cached.remove(size)
+            self.taken -= size
+        self.unused = []
 
     def empty(self, *size: int, pin_memory: bool = False, device: object = None, **more: Any) -> Tensor:
-        if pin_memory:
-            self.asked.append(size[0])
-            if size[0] > self.most:
-                raise RuntimeError("CUDA error: out of memory")
-        elif device is None:
-            self.pageable.append(size[0])
+        if not pin_memory:
+            self.pageable += size if device is None else ()
+            return torch.empty(*size, **more)
+        self.asked += size
+        taken = next(2**k for k in range(40) if 2**k >= size[0])
+        if taken in self.cached:
+            self.cached.remove(taken)
+        elif self.taken + taken > self.most:
+            raise RuntimeError("CUDA error: out of memory")
+        else:
+            self.taken += taken
         found = torch.empty(*size, **more)
-        self.pages = found if device is None else self.pages
+        weakref.finalize(found.untyped_storage(), self.cached.append, taken)
         return found
 
 
@@ -117,11 +137,11 @@ class Layers:
     def bind(self, name: str, tensor: Tensor | None) -> None:
         self.net.get_submodule(name.split(".")[0])._parameters["weight"] = tensor  # type: ignore[assignment]
 
-    def stream(self, rounds: bool) -> streaming.Stream:
+    def stream(self, rounds: bool, pages: Pages | None = None) -> streaming.Stream:
         Event.made.clear()
-        carrier = lambda names, source, device: Paged(names, source, device, rounds)  # noqa: E731
-        self.patch.setattr(streaming, "Direct", carrier)
-        return streaming.Stream(self.units, self, self.bind, torch.device("cpu"), rounds)  # type: ignore[arg-type]
+        self.patch.setattr(streaming, "carrier", Paged)
+        here: Any = torch.device("cpu")
+        return streaming.Stream(self.units, self, self.bind, here, rounds, pages)  # type: ignore[arg-type]
 
     def outputs(self, x: Tensor) -> list[Tensor]:
         return [layer(x) for layer in self.net]
@@ -136,33 +156,55 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
     streaming.tell_slow.cache_clear()
 
 
-ALL, TWO = 5 * 256, 2 * 256  # bytes: a layer's 128 to 256, each rounded up to 256
+EACH = 256  # bytes: a layer's 128 to 256, rounded up to 256
+ALL, TWO = [EACH] * 5, [EACH] * 2
 SLOW = "^the host has too little page-locked memory: weights come to the GPU more slowly$"
 
 
 @pytest.mark.parametrize(
     ("most", "asked", "pageable", "reads"),
-    [(ALL, [ALL], [], 5), (ALL - 1, [ALL, TWO], [], 16), (TWO, [ALL, TWO], [], 16), (0, [ALL, TWO], [TWO], 16)],
+    [
+        (5 * EACH, ALL, [], 5),
+        (5 * EACH - 1, ALL + TWO, [], 16),
+        (2 * EACH, [*TWO, EACH, *TWO], [], 16),
+        (2 * EACH - 1, TWO + TWO, TWO, 16),
+        (0, TWO, TWO, 16),
+    ],
 )
 def test_less_page_locked_memory_than_all_units_take(
     monkeypatch: pytest.MonkeyPatch, host: Host, most: int, asked: list[int], pageable: list[int], reads: int
 ) -> None:
-    """Three rounds of five layers and the first of a fourth, of which each is read once, or anew at every turn."""
-    layers, x = Layers(monkeypatch), torch.randn(2, 8)
-    expected, host.most = layers.outputs(x), most
-    stream = layers.stream(rounds=True)
-    with pytest.warns(UserWarning, match=SLOW) if most < ALL else nullcontext() as warned:
+    """Three rounds of five layers and the first of a fourth, of which each is read once, or anew at every turn.
+
+    What was page-locked before the first that could not be is back when the two places are asked for, and when they
+    cannot be had.
+    """
+    layers, pages, x = Layers(monkeypatch), Pages(), torch.randn(2, 8)
+    expected, host.most, all_fit = layers.outputs(x), most, reads == 5
+    stream = layers.stream(rounds=True, pages=pages)
+    with nullcontext() if all_fit else pytest.warns(UserWarning, match=SLOW) as warned:
         for _ in range(3):
             assert all(map(torch.equal, layers.outputs(x), expected))
+        assert host.taken == (0 if pageable else 5 * EACH if all_fit else 2 * EACH)
         stream.close()
     assert warned is None or len(warned) == 1
     assert (host.asked, host.pageable) == (asked, pageable)
-    parts = host.pages.view(torch.float32).split(64)
-    lie = range(5) if most == ALL else [4, 0]  # of places that are filled in turn, those read last
-    assert all(torch.equal(parts[k][: 8 * (4 + i)], layers.stored[f"{i}.weight"].flatten()) for k, i in enumerate(lie))
+    assert pages.memory.keys() == pages.read == {unit.names for unit in layers.units if all_fit}
+    for (name,), memory in pages.memory.items():
+        assert torch.equal(memory.view(torch.float32)[: layers.stored[name].numel()], layers.stored[name].flatten())
     assert len(layers.reads) == reads
     assert layers.reads == [f"{i % 5}.weight" for i in range(reads)]
     assert all(layer.weight is None for layer in layers.net)
+
+
+def test_units_that_run_once_have_two_places(monkeypatch: pytest.MonkeyPatch, host: Host) -> None:
+    """As long as they run, and nothing in memory that is for others."""
+    layers, pages, x = Layers(monkeypatch), Pages(), torch.randn(2, 8)
+    expected, stream = layers.outputs(x), layers.stream(rounds=False, pages=pages)
+    assert all(map(torch.equal, layers.outputs(x), expected))
+    assert (host.asked, host.cached) == (TWO, TWO)
+    stream.close()
+    assert len(layers.reads) == 5 and not pages.memory and not pages.read
 
 
 @pytest.mark.parametrize("rounds", [False, True])
@@ -180,13 +222,13 @@ def test_it_is_said_once(monkeypatch: pytest.MonkeyPatch, host: Host, rounds: bo
         run(rounds)
     run(not rounds)
     run(rounds)
-    assert host.pageable == [TWO] * 3
+    assert host.pageable == TWO * 3
 
 
 def test_a_break_with_places_that_are_refilled(monkeypatch: pytest.MonkeyPatch, host: Host) -> None:
     """The layer that was on its way is not taken for the first."""
     layers, x = Layers(monkeypatch), torch.randn(2, 8)
-    expected, host.most = layers.outputs(x), TWO
+    expected, host.most = layers.outputs(x), 2 * EACH
     stream = layers.stream(rounds=True)
     with pytest.warns(UserWarning, match=SLOW):
         layers.net[0](x)
