@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import os
 import signal
 import sys
 import time
@@ -182,5 +183,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     gc.disable()  # until `settle`
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait actively keep attention's from their cores
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a killed run cleans up as an interrupted one does
     sys.exit(main())
