@@ -1,6 +1,7 @@
 """The command line: its options, the files it writes, what it reports, and how every mistake ends."""
 
 import errno
+import gc
 import json
 import re
 import shutil
@@ -23,7 +24,7 @@ import mmdit.pipeline
 from benchmarks.emoji.tokenizers import write_tokenizers
 from benchmarks.random_checkpoint import write_checkpoint
 from mmdit.pipeline import Pipeline
-from mmdit.run import main
+from mmdit.run import main, settle
 from mmdit.settings import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -366,3 +367,16 @@ def test_a_file_is_replaced_whole_or_not_at_all(desk: Desk, monkeypatch: pytest.
     assert told.code == 2
     assert out.read_bytes() == b"kept"
     assert desk.files() == ["x.png"]
+
+
+def test_loading_without_the_garbage_collector_ends() -> None:
+    """As a program; for others, who call `main`, it stays as it is."""
+    before = gc.get_freeze_count()
+    settle()
+    assert gc.isenabled() and gc.get_freeze_count() == before
+    gc.disable()
+    settle()
+    try:
+        assert gc.isenabled() and gc.get_freeze_count() > before
+    finally:
+        gc.unfreeze()
