@@ -3,7 +3,6 @@
 It imports nothing but what the one that is timed imports.
 """
 
-import gc
 import os
 import sys
 from pathlib import Path
@@ -18,8 +17,9 @@ def main(who: str, folder: Path, size: int, dtype: str, device: str) -> None:
         os._exit(0)
 
     if who == "ours":
-        gc.disable()  # as the program itself begins
         from mmdit import run
+
+        run.begin()
 
         run.show_plan = lambda pipeline, _: pipeline.transformer.x_embedder.register_forward_pre_hook(reached)
         sides = ("--width", str(size), "--height", str(size))

@@ -209,6 +209,7 @@ class Drawing:
                 velocity = pipe.velocity(cond, *uncond, cfg=kind.cfg, count=len(some), sigmas=known, interval=interval)
                 with attention_by(kind.attention):
                     ends.append(euler(velocity, x, sigmas, watch))
+                del velocity  # before the next is made: each has a table of its own
             return torch.cat(ends)
 
         self.tell("draw")

@@ -30,6 +30,7 @@ _WORKSPACE = {"cuda": 40_000_000, "cpu": 80_000_000}  # bytes that matrix produc
 _LIGHT = 0.25  # of a network's weights: so few that need memory beside the mapped file may stay
 _UNITS = 20  # tensors as large as all tokens together that a step never needs more of at a time
 _LESS = 0.75  # of the memory that could not be had
+_LOW = 16  # rows of the latent: strips lower than this are slow
 _ROOM = 0.95  # of a budget, for decoding: convolutions may take memory of their own
 _LIBRARIES = ("ALLOC_FAILED", "ALLOCATION_FAILED", "unable to find an engine")  # cuBLAS and cuDNN out of memory
 _SHARE = 0.9  # of what is free: the rest is for what allocators waste
@@ -92,6 +93,7 @@ class Planner:
     def __init__(self, networks: Mapping[str, Network], device: torch.device, dtype: torch.dtype) -> None:
         self._networks, self._device, self._dtype = networks, device, dtype
         self._measured: dict[tuple[object, ...], int] = {}
+        self._ready = False  # whether what measuring needs is loaded
         self._refused = math.inf  # bytes of weights that were to stay and could not be had
         self._own = self._beside()
 
@@ -107,7 +109,8 @@ class Planner:
             plan = self.predict(self.ladder()[0], job, job.count, budget, rough=True)
             if self.fits(plan, budget):
                 return plan
-        if not self._measured and self._device.type == "cpu":
+        if not self._ready and self._device.type == "cpu":
+            self._ready = True
             peak_bytes(lambda: torch.zeros(1, device="meta") + 1)  # loads what measuring needs, which is counted too
             self._own = self._beside()
         smallest = None
@@ -135,24 +138,33 @@ class Planner:
     def smaller(self, job: Job, plan: Plan, stage: str) -> Plan | None:
         """A plan for when this one's memory could not be had in a stage: the fastest that takes much less there.
 
-        Where none takes much less, the smallest; None where that takes no less. In the stage "loading" weights come to
-        stay: where they could not, every stage is to take less than they would have, and they are not to stay again.
+        Where none takes much less, the smallest; None where that takes no less. Where that can be, no other stage takes
+        more than this one's most. In the stage "loading" weights come to stay: where they could not, every stage is to
+        take less than they would have, and they are not to stay again.
         """
-        now = plan.peaks[stage]
+        now, most, refused = plan.peaks[stage], plan.peak, self._refused
         if stage != "decode":  # it may have been a bound from above
             now = self.predict(plan.modes, job, plan.batch, 0, kept=plan.kept).peaks[stage]
         enough = self._own + int(_LESS * (now - self._own))
-        others = list(self.plans(job, enough))
-        found = next((o for o in others if (o.peak if stage == "loading" else o.peaks[stage]) <= enough), None)
-        found = found or min(others, key=lambda other: (other.peaks[stage], other.peak))
-        if found.peaks[stage] >= now:
-            return None
         if stage == "loading":
-            self._refused = min(self._refused, self.staying(plan.modes))
+            most, refused = enough, min(refused, self.staying(plan.modes))
+        loop = enough if stage in ("denoise", "loading") else plan.peaks["denoise"]
+        others = [other for other in self.plans(job, enough, loop) if self.staying(other.modes) < refused]
+        within = [other for other in others if other.peak <= most] or others
+        if stage == "decode":
+            within.sort(key=lambda other: other.strip is not None and other.strip < _LOW)
+        found = next((other for other in within if other.peaks[stage] <= enough), None)
+        found = found or min(within, key=lambda other: (other.peaks[stage], other.peak), default=None)
+        if found is None or found.peaks[stage] >= now:
+            return None
+        self._refused = refused
         return found
 
-    def plans(self, job: Job, budget: int) -> Iterator[Plan]:
-        """All plans, the fastest first; each decodes in the highest strips, and keeps the most blocks, that fit."""
+    def plans(self, job: Job, budget: int, loop: int | None = None) -> Iterator[Plan]:
+        """All plans, the fastest first; each decodes in the highest strips, and keeps the most blocks, that fit.
+
+        loop: bytes that denoising may take, if not the budget.
+        """
         batches = [job.count]
         while batches[-1] > 1:
             batches.append(-(-batches[-1] // 2))
@@ -160,19 +172,19 @@ class Planner:
             if modes["transformer"] is not Mode.STREAMED:
                 yield from (self.predict(modes, job, batch, budget) for batch in batches)
                 continue
-            every = [self.keeping(modes, job, batch, budget) for batch in batches]
+            every = [self.keeping(modes, job, batch, budget, budget if loop is None else loop) for batch in batches]
             # Blocks come anew for every batch: where steps wait for them, what counts is how many come for all batches
             # together. Where no step waits, two small batches take hardly longer than a large one.
             yield from sorted(every, key=lambda plan: (plan.blocks - plan.kept) * -(-job.count // plan.batch))
 
-    def keeping(self, modes: dict[str, Mode], job: Job, batch: int, budget: int) -> Plan:
-        """The plan with as many blocks kept while others come and go as fit into the budget; none where none do."""
+    def keeping(self, modes: dict[str, Mode], job: Job, batch: int, budget: int, loop: int) -> Plan:
+        """The plan with as many blocks kept while others come and go as fit into `loop` bytes; none where none do."""
         blocks = range(len(self._networks["transformer"].going(0)))
 
         def peak(kept: int) -> int:
             return self.predict(modes, job, batch, budget, kept=kept).peaks["denoise"]
 
-        return self.predict(modes, job, batch, budget, kept=max(0, bisect_right(blocks, budget, key=peak) - 1))
+        return self.predict(modes, job, batch, budget, kept=max(0, bisect_right(blocks, loop, key=peak) - 1))
 
     def ladder(self) -> list[dict[str, Mode]]:
         """Where the networks can be, the fastest way first."""
@@ -349,7 +361,8 @@ def memory_errors(what: str) -> Iterator[None]:
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not any(w in str(error) for w in words):
             raise
         tries = "--quantise int8, --t5 off, a smaller picture, or --device cpu"
-        raise DeviceMemoryError(f"{what}: the device's memory does not suffice; try {tries}") from None
+        said = f" ({str(error).splitlines()[0]})" if any(word in str(error) for word in _LIBRARIES) else ""
+        raise DeviceMemoryError(f"{what}: the device's memory does not suffice{said}; try {tries}") from None
 
 
 def taken_bytes(device: torch.device) -> int:

@@ -145,10 +145,12 @@ class Network:
 
     def put(self, name: str, tensor: Tensor | None) -> None:
         """Compute with this weight, on the CPU, from now on; None: with the original."""
+        stays = self.here and self.mode is Mode.RESIDENT
+        if not stays:
+            self.leave()  # first: a block may be on its way
         self.source.put(name, tensor)
-        if not (self.here and self.mode is Mode.RESIDENT):
-            self.leave()
-            self.pages.forget(name)  # only now: a block that was on its way may have the weight as it was
+        if not stays:
+            self.pages.forget(name)
             return
         for each in (name, f"{name}_scale"):
             if each in self.source.shapes:
@@ -226,11 +228,12 @@ class Residency:
         """
         for name, mode in modes.items():
             network = self.networks[name]
-            stay = kept if network.layout.loop and mode is Mode.STREAMED else 0
-            if (network.mode, network.kept) != (mode, stay):
+            blocks = kept if network.layout.loop and mode is Mode.STREAMED else 0
+            if (network.mode, network.kept) != (mode, blocks):
                 network.leave()
-                network.pages.drop()
-                network.mode, network.kept = mode, stay
+                if network.mode is not mode:  # else the next visit finds out whether the same blocks come
+                    network.pages.drop()
+                network.mode, network.kept = mode, blocks
         stay = [network for name, network in self.networks.items() if modes[name] is Mode.RESIDENT]
         size = sum(
             network.source.nbytes(name) for network in stay for name in network.source.shapes if not network.here

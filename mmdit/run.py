@@ -136,11 +136,14 @@ def draw_list(settings: Settings) -> None:
     report(seconds, time.perf_counter() - start, len(paths), sum(s.count for s in wanted) - len(paths))
 
 
-def settle() -> None:
-    """Call after loading, which goes without the garbage collector where this runs as a program.
+def begin() -> None:
+    """What belongs to a process of its own, before PyTorch is imported."""
+    gc.disable()  # until `settle`: to go through all that is imported and loaded takes a seventh of the start
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait actively keep attention's from their cores
 
-    All that is imported and loaded stays; to go through it again and again takes a seventh of the start.
-    """
+
+def settle() -> None:
+    """Call after loading: what is there stays, and the garbage collector, if it was off, begins with what follows."""
     if not gc.isenabled():
         gc.freeze()
         gc.enable()
@@ -182,7 +185,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    gc.disable()  # until `settle`
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait actively keep attention's from their cores
+    begin()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a killed run cleans up as an interrupted one does
     sys.exit(main())

@@ -266,11 +266,13 @@ class Paged:
 
     def close(self) -> None:
         # The memory goes back to the queue that computes, which knows nothing of the copies.
-        self._copies.synchronize()
-        self._places.clear()
-        self._shared.clear()
-        if self._pages is not None:
-            self._pages.release()
+        try:
+            self._copies.synchronize()
+        finally:
+            self._places.clear()
+            self._shared.clear()
+            if self._pages is not None:
+                self._pages.release()
 
     def _filled(self, unit: int, place: int) -> Tensor:
         """The unit's tensors, side by side in the host's memory."""
