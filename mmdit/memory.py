@@ -31,7 +31,7 @@ _LIGHT = 0.25  # of a network's weights: so few that need memory beside the mapp
 _UNITS = 20  # tensors as large as all tokens together that a step never needs more of at a time
 _LESS = 0.75  # of the memory that could not be had
 _LOW = 16  # rows of the latent: strips lower than this are slow
-_ROOM = 0.95  # of a budget, for decoding: convolutions may take memory of their own
+_ROOM = 0.95  # of a budget, for decoding, where convolutions may take memory of their own, and for blocks that stay
 _LIBRARIES = ("ALLOC_FAILED", "ALLOCATION_FAILED", "unable to find an engine")  # cuBLAS and cuDNN out of memory
 _SHARE = 0.9  # of what is free: the rest is for what allocators waste
 _LIBRARY = 500_000_000  # bytes on a GPU that kernels and libraries may still take when they are first used
@@ -172,7 +172,9 @@ class Planner:
             if modes["transformer"] is not Mode.STREAMED:
                 yield from (self.predict(modes, job, batch, budget) for batch in batches)
                 continue
-            every = [self.keeping(modes, job, batch, budget, budget if loop is None else loop) for batch in batches]
+            if loop is None:  # a C library keeps some of what blocks that come and go leave free
+                loop = int(_ROOM * budget) if self._device.type == "cpu" else budget
+            every = [self.keeping(modes, job, batch, budget, loop) for batch in batches]
             # Blocks come anew for every batch: where steps wait for them, what counts is how many come for all batches
             # together. Where no step waits, two small batches take hardly longer than a large one.
             yield from sorted(every, key=lambda plan: (plan.blocks - plan.kept) * -(-job.count // plan.batch))

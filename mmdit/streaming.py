@@ -141,10 +141,11 @@ class Direct:
 
     def arrived(self, turn: int) -> None: ...
 
-    def left(self, turn: int) -> None: ...
+    def left(self, turn: int) -> None:  # noqa: ARG002
+        self.close()
 
     def close(self) -> None:
-        if self._where.type == "cpu":  # what was converted before the loop is not to lie beside it
+        if self._where.type == "cpu":  # what was converted for one unit is not to lie beside the next
             give_back()
 
 
