@@ -52,7 +52,7 @@ TARGETS = [
     Target(1440, 1440, 4.0e9, 1.7e9),
     Target(1920, 1024, 4.0e9, 1.7e9),
 ]
-BETWEEN = (2.0e9, 3.0e9)  # budgets for which some of the blocks stay
+BETWEEN = (1.2e9, 2.0e9, 3.0e9)  # budgets for which some of the blocks stay
 CPU_TARGET = 3.0e9  # anonymous memory for 512x512 with T5
 
 

@@ -331,8 +331,7 @@ class Planner:
         """The height of the strips, None for the whole, and the bytes for one picture in them."""
         network, apart = self._networks["vae"], self._device.type != "cpu"
         config, dtype = network.module.config, network.source.dtype(next(iter(network.shapes)))
-        key = ("rows", job.rows, job.columns, budget)
-        rows = self._once(key, lambda: rows_for(config, job.rows, job.columns, dtype, budget, apart) or 1)
+        rows = rows_for(config, job.rows, job.columns, dtype, budget, apart) or 1
         if not apart and dtype.itemsize == 2:  # strips are faster there; float32 keeps to the plain path's bits
             rows = min(rows, cpu_rows(job.rows, job.columns))
         rows = -(-job.rows // -(-job.rows // rows))  # as many strips of equal height

@@ -142,11 +142,10 @@ class Direct:
     def arrived(self, turn: int) -> None: ...
 
     def left(self, turn: int) -> None:  # noqa: ARG002
-        self.close()
-
-    def close(self) -> None:
         if self._where.type == "cpu":  # what was converted for one unit is not to lie beside the next
             give_back()
+
+    def close(self) -> None: ...
 
 
 def give_back() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from reference import draw, transformers
 
+from benchmarks.memory import Unread
 from mmdit import cores
 from mmdit.attention import BACKENDS
 from mmdit.compiled import compile_blocks
@@ -52,41 +53,16 @@ def test_auto_leaves_a_gpu_what_its_libraries_take(
     assert budget_of("auto", CUDA) == int(budget)
 
 
-class Sized:
-    """Stands for the source of a module's weights, none of them mapped."""
-
-    put_bytes = 0
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-
-    def __call__(self, name: str) -> torch.Tensor:
-        return torch.zeros(self.shapes[name])
-
-    original = __call__
-
-    def dtype(self, _: str) -> torch.dtype:
-        return torch.float32
-
-    def nbytes(self, name: str) -> int:
-        return 4 * torch.Size(self.shapes[name]).numel()
-
-    def is_mapped(self, _: str) -> bool:
-        return False
-
-    is_put = is_mapped
-
-
 def test_what_others_of_the_process_have_on_a_gpu_is_not_planned_with(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is there beside the networks that are there, whenever a plan is made; 40 MB for libraries."""
     with torch.device("meta"):
         module = torch.nn.Linear(1000, 9)
-    source: Any = Sized(module)
+    source: Any = Unread(module)
     network = Network("vae", module, source, CUDA)
-    network.mode, own = Mode.STAGED, 4 * 9009
+    network.mode, own = Mode.STAGED, 2 * 9009
     taken = 5000
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: taken)
-    planner = Planner({"vae": network}, CUDA, torch.float32)
+    planner = Planner({"vae": network}, CUDA, torch.bfloat16)
     assert planner._beside() == 40_000_000 + 5000
     network.here, taken = True, own + 700
     assert planner._beside() == 40_000_000 + 700

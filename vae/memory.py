@@ -6,6 +6,7 @@ backend that has no fused attention for heads as wide as the last level. h, w: r
 """
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -35,6 +36,7 @@ def decode_peak(
     return found.device if store_apart else found.together
 
 
+@lru_cache(maxsize=64)  # plans are compared by the hundred
 def rows_for(
     config: VAEConfig, h: int, w: int, dtype: torch.dtype, budget: int, store_apart: bool = True
 ) -> int | None:
@@ -95,9 +97,7 @@ def _plain(config: VAEConfig, h: int, w: int, copied: bool) -> Iterator[Moment]:
     for before, after, scale, doubles in _layers(config):
         size = scale * h * scale * w
         yield Moment(((1 + norms) * before + after) * size)  # conv1: the block's input, its norm, the result
-        yield Moment(
-            (before + (1 + norms) * after) * size
-        )  # conv2 likewise, and the sum with the input in another width
+        yield Moment((before + (1 + norms) * after) * size)  # conv2 likewise, and the sum, the input in another width
         if doubles:
             yield Moment((1 + 4 + 4) * after * size)  # the map, its rows and columns doubled, the result
     width, size = config.block_out_channels[0], config.downscale**2 * h * w
