@@ -26,11 +26,11 @@ import torch
 from torch import Tensor, nn
 
 from mmdit.config import SD35_MEDIUM
-from mmdit.empty import on_meta
-from mmdit.host import own_bytes
-from mmdit.loading import MODULES
-from mmdit.memory import Job, Plan, Planner
-from mmdit.residency import Network
+from mmdit.driver.loading import MODULES
+from mmdit.memory.empty import on_meta
+from mmdit.memory.host import own_bytes
+from mmdit.memory.plan import Job, Plan, Planner
+from mmdit.memory.residency import Network
 from text_encoders import CLIP_G, CLIP_L, T5_XXL
 from vae import SD3_VAE
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from mmdit import Pipeline, Settings
-from mmdit.loading import DTYPES
+from mmdit.driver.loading import DTYPES
 from samplers import shifted_sigmas
 
 PROMPTS = ["a horse and a bear on a green background", ""]

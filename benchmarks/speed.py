@@ -28,11 +28,11 @@ from benchmarks import speed_peers as peers
 from benchmarks.parts import parts
 from mmdit import Pipeline
 from mmdit.attention import attention_by
-from mmdit.host import own_bytes
-from mmdit.loading import DTYPES
-from mmdit.memory import on_meta, told
+from mmdit.driver.loading import DTYPES
+from mmdit.memory.host import own_bytes
+from mmdit.memory.plan import on_meta, told
+from mmdit.memory.streaming import give_back
 from mmdit.model import MMDiT
-from mmdit.streaming import give_back
 
 STAGES = ("start", "encode", "step", "decode", "whole")
 # Ratios of our time to theirs that are aimed at, on a GPU and on a CPU, and the least share of the matrix rate.

@@ -43,7 +43,7 @@ def diffusers(folder: Path, dtype: str, device: str) -> Any:
     """Its pipeline without T5."""
     from diffusers import StableDiffusion3Pipeline  # pyright: ignore[reportPrivateImportUsage]
 
-    from mmdit.loading import DTYPES
+    from mmdit.driver.loading import DTYPES
 
     without = {"text_encoder_3": None, "tokenizer_3": None}
     pipe: Any = StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=DTYPES[dtype], **without)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import nn
 
-from mmdit.loading import DTYPES
+from mmdit.driver.loading import DTYPES
 from vae.autoencoder import SD3_VAE, Autoencoder
 from vae.cpu import cpu_rows
 from vae.strips import decode_in_strips

@@ -7,8 +7,8 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mmdit.pipeline import Pipeline
-    from mmdit.settings import Settings
+    from mmdit.driver.pipeline import Pipeline
+    from mmdit.driver.settings import Settings
 
 __all__ = ["Pipeline", "Settings"]
 
@@ -16,11 +16,11 @@ __all__ = ["Pipeline", "Settings"]
 def __getattr__(name: str) -> Any:
     # On demand, so that `import mmdit.model` does not load tokenizers and autoencoder.
     if name == "Pipeline":
-        from mmdit.pipeline import Pipeline
+        from mmdit.driver.pipeline import Pipeline
 
         return Pipeline
     if name == "Settings":
-        from mmdit.settings import Settings
+        from mmdit.driver.settings import Settings
 
         return Settings
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, NoReturn, get_args, get_origin, get_type_hints
 
 from tqdm import tqdm
 
-from mmdit.output import Saver, check_writable, is_file, save_images, sweep, whole_file
-from mmdit.prompts import Folders, read_prompts, told_at
-from mmdit.settings import Settings, SettingsError
+from mmdit.driver.output import Saver, check_writable, is_file, save_images, sweep, whole_file
+from mmdit.driver.prompts import Folders, read_prompts, told_at
+from mmdit.driver.settings import Settings
+from mmdit.errors import SettingsError
 
 if TYPE_CHECKING:
-    from mmdit.memory import Plan
-    from mmdit.pipeline import Pipeline
+    from mmdit.driver.pipeline import Pipeline
+    from mmdit.memory.plan import Plan
 
 
 class Parser(argparse.ArgumentParser):
@@ -76,7 +77,7 @@ def draw(settings: Settings) -> None:
     start = time.perf_counter()
     from safetensors.torch import save_file
 
-    from mmdit.pipeline import USER_ERRORS, Pipeline  # here, so that --help and mistakes answer at once
+    from mmdit.driver.pipeline import USER_ERRORS, Pipeline  # here, so that --help and mistakes answer at once
 
     imported = time.perf_counter()
     try:
@@ -107,8 +108,8 @@ def draw_list(settings: Settings) -> None:
     assert settings.prompts is not None
     base = replace(settings, prompts=None)
     lines = read_prompts(settings.prompts, base)
-    from mmdit.loading import load_parts
-    from mmdit.pipeline import USER_ERRORS, Drawing, Pipeline
+    from mmdit.driver.loading import load_parts
+    from mmdit.driver.pipeline import USER_ERRORS, Drawing, Pipeline
 
     seconds = {"import": time.perf_counter() - start}
     try:

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from benchmarks.emoji.tokenizers import write_tokenizers
 from benchmarks.random_checkpoint import write_checkpoint
-from mmdit.pipeline import Pipeline
+from mmdit.driver.pipeline import Pipeline
+from mmdit.driver.settings import Settings, split_lora
+from mmdit.errors import SettingsError
 from mmdit.run import main
-from mmdit.settings import Settings, SettingsError, split_lora
 from weights import CheckpointError, Source
 from weights.keymap import TRANSFORMER, revert, to_diffusers
 

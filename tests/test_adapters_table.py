@@ -16,8 +16,8 @@ from adapters import WIDTH, Toy, close, noise
 from layouts import write
 from torch import Tensor
 
+from mmdit.driver.settings import split_lora
 from mmdit.run import make_parser
-from mmdit.settings import split_lora
 from weights.__main__ import main
 from weights.adapters import Report
 from weights.inspect import inspect

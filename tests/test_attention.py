@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmdit import cores
 from mmdit.attention import BACKENDS, attention, attention_by, chosen, missing
-from mmdit.settings import ATTENTIONS
+from mmdit.driver.settings import ATTENTIONS
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

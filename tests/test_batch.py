@@ -14,14 +14,15 @@ from test_memory import full  # noqa: F401
 from torch import Tensor
 from toys import toy_folder
 
-from mmdit import batch
-from mmdit.batch import Drawing
-from mmdit.memory import Job, Planner
-from mmdit.meter import FusedAttention, Meter
-from mmdit.pipeline import Pipeline
+from mmdit.driver import batch
+from mmdit.driver.batch import Drawing
+from mmdit.driver.pipeline import Pipeline
+from mmdit.driver.settings import Settings
+from mmdit.errors import SettingsError
+from mmdit.memory.meter import FusedAttention, Meter
+from mmdit.memory.plan import Job, Planner
+from mmdit.memory.residency import Mode, Network, Residency
 from mmdit.prepared import Prepared
-from mmdit.residency import Mode, Network, Residency
-from mmdit.settings import Settings, SettingsError
 
 DEFAULTS = {"width": 96, "height": 64, "steps": 3, "cfg": 4.5, "t5_length": 20}
 

@@ -15,10 +15,10 @@ from benchmarks.emoji.tokenizers import write_tokenizers
 from benchmarks.random_checkpoint import write_checkpoint
 from mmdit import Pipeline, Settings
 from mmdit.attention import attention_by
-from mmdit.compiled import compile_blocks, compile_norms, lacking
 from mmdit.config import TOY
+from mmdit.kernels.compiled import compile_blocks, compile_norms, lacking
+from mmdit.kernels.onednn import by_onednn
 from mmdit.model import MMDiT
-from mmdit.onednn import by_onednn
 
 CPU = torch.device("cpu")
 DEEP = replace(TOY, hidden_size=192, num_heads=3, depth=5, dual_attention_blocks=(0, 1))
@@ -158,7 +158,7 @@ def test_compilation_without_a_compiler_is_refused(folder: Path, monkeypatch: py
         ValueError, match=r"^compile cannot be used: it needs a C\+\+ compiler, and there is no no-such"
     ):
         Pipeline.load(folder, device="cpu", compile=True)
-    monkeypatch.setattr("mmdit.compiled.find_spec", lambda _: None)
+    monkeypatch.setattr("mmdit.kernels.compiled.find_spec", lambda _: None)
     assert lacking(torch.device("cuda")) == "it needs the package triton"
     assert lacking(torch.device("mps")) == "there is no compiler for mps"
 

@@ -10,7 +10,7 @@ from benchmarks.emoji.judge import judge
 from benchmarks.emoji.scenes import FONT
 from benchmarks.parity import Inputs, ours, relative_error, theirs
 from mmdit import Pipeline
-from mmdit.loading import DEMO
+from mmdit.driver.loading import DEMO
 
 PROMPT = "a horse and a bear on a green background"
 

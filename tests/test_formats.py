@@ -12,7 +12,7 @@ from manifests import golden, manifest, meta, shapes
 from safetensors.torch import load_file
 
 from mmdit.config import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM, MMDiTConfig
-from mmdit.defaults import default_settings
+from mmdit.driver.defaults import default_settings
 from mmdit.model import MMDiT
 from weights import CheckpointError, open_checkpoint, published
 from weights.kinds import networks

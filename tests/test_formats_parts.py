@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from benchmarks.emoji.tokenizers import write_tokenizers
 from benchmarks.random_checkpoint import write_checkpoint
 from mmdit import Pipeline
+from mmdit.errors import SettingsError
 from mmdit.run import main
-from mmdit.settings import SettingsError
 from weights import CheckpointError, open_checkpoint
 
 OPTIONS = {"clip_l": "clip_l", "clip_g": "clip_g", "t5": "t5xxl", "vae": "vae"}

@@ -11,11 +11,11 @@ from reference import draw, transformers
 from benchmarks.memory import Unread
 from mmdit import cores
 from mmdit.attention import BACKENDS
-from mmdit.compiled import compile_blocks
 from mmdit.config import TOY
-from mmdit.memory import DeviceMemoryError, Planner, budget_of, memory_errors
-from mmdit.pipeline import NotFiniteError, Pipeline
-from mmdit.residency import Mode, Network
+from mmdit.driver.pipeline import NotFiniteError, Pipeline
+from mmdit.kernels.compiled import compile_blocks
+from mmdit.memory.plan import DeviceMemoryError, Planner, budget_of, memory_errors
+from mmdit.memory.residency import Mode, Network
 from samplers import Step
 
 CUDA = torch.device("cuda")

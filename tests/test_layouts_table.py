@@ -19,10 +19,10 @@ from manifests import meta
 
 from benchmarks.emoji.tokenizers import write_tokenizers
 from mmdit.config import SD3_MEDIUM, SD35_LARGE
+from mmdit.driver.pipeline import Pipeline
+from mmdit.driver.settings import Settings
 from mmdit.model import MMDiT
-from mmdit.pipeline import Pipeline
 from mmdit.run import make_parser
-from mmdit.settings import Settings
 from weights.__main__ import main
 from weights.inspect import inspect
 

@@ -18,17 +18,17 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from toys import toy_folder
 
 from benchmarks.memory import TARGETS, full_size
-from mmdit import streaming
 from mmdit.config import SD35_MEDIUM
-from mmdit.empty import on_meta
-from mmdit.memory import Job, Planner, budget_of
-from mmdit.meter import FusedAttention, Meter, peak_bytes
+from mmdit.driver.pipeline import Pipeline
+from mmdit.errors import SettingsError
+from mmdit.memory import streaming
+from mmdit.memory.empty import on_meta
+from mmdit.memory.meter import FusedAttention, Meter, peak_bytes
+from mmdit.memory.plan import Job, Planner, budget_of
+from mmdit.memory.residency import Mode, Network, Residency
+from mmdit.memory.streaming import Paged
 from mmdit.model import MMDiT
-from mmdit.pipeline import Pipeline
 from mmdit.prepared import Prepared
-from mmdit.residency import Mode, Network, Residency
-from mmdit.settings import SettingsError
-from mmdit.streaming import Paged
 
 PROMPT = "a horse and a bear on a green background!"
 SIZE = {"width": 96, "height": 64, "steps": 3, "t5_length": 20}

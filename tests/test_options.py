@@ -6,8 +6,8 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+from mmdit.driver.settings import Settings
 from mmdit.run import make_parser, settings_of
-from mmdit.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = """\

@@ -13,11 +13,11 @@ from test_memory import Queue
 from test_streaming import SLOW, Host
 from torch import Tensor, nn
 
-from mmdit import host as system
-from mmdit import streaming
-from mmdit.memory import free_bytes
-from mmdit.residency import Mode, Network, Residency
-from mmdit.streaming import Paged, Pages, Stream, locked_bytes
+from mmdit.memory import host as system
+from mmdit.memory import streaming
+from mmdit.memory.plan import free_bytes
+from mmdit.memory.residency import Mode, Network, Residency
+from mmdit.memory.streaming import Paged, Pages, Stream, locked_bytes
 from weights import Source
 
 WIDTH = 8

@@ -19,12 +19,12 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from toys import Ran, toy_folder
 
-from mmdit import output
-from mmdit.output import settings_in, sweep
-from mmdit.pipeline import Pipeline
-from mmdit.prompts import identity, read_prompts
+from mmdit.driver import output
+from mmdit.driver.output import settings_in, sweep
+from mmdit.driver.pipeline import Pipeline
+from mmdit.driver.prompts import identity, read_prompts
+from mmdit.driver.settings import Settings
 from mmdit.run import main
-from mmdit.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 DEFAULTS = {"width": 64, "height": 48, "steps": 1, "cfg": 4.5, "t5_length": 20}
@@ -164,7 +164,7 @@ def test_mistakes_in_the_list(desk: Desk, monkeypatch: pytest.MonkeyPatch, name:
 
 def test_mistakes_that_the_model_tells(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes, before any weight is read."""
-    monkeypatch.setattr("mmdit.loading.Source.__call__", Mock(side_effect=AssertionError))
+    monkeypatch.setattr("mmdit.driver.loading.Source.__call__", Mock(side_effect=AssertionError))
     desk.list([{"prompt": "a"}, {"prompt": "b", "width": 100}])
     assert "list.txt: line 2: width 100 is not a multiple of 16: the nearest are 96 or 112" in desk.run().errors[0]
     desk.list([{"prompt": "a", "height": 528}])

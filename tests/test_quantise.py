@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from toys import toy_folder
 
-from mmdit.pipeline import Pipeline
-from mmdit.quantise import FORMATS, QuantisedLinear, rounded, scales
-from mmdit.residency import Mode
+from mmdit.driver.pipeline import Pipeline
+from mmdit.kernels.quantise import FORMATS, QuantisedLinear, rounded, scales
+from mmdit.memory.residency import Mode
 
 SIZE = {"prompt": "a horse", "width": 96, "height": 64, "steps": 2, "t5_length": 20}
 # Half a step of the largest number of a row over its usual size: 127 steps, or 3 bits of mantissa.

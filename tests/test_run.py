@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from toys import Ran
 
-import mmdit.pipeline
+import mmdit.driver.pipeline
 from benchmarks.emoji.tokenizers import write_tokenizers
 from benchmarks.random_checkpoint import write_checkpoint
-from mmdit.pipeline import Pipeline
+from mmdit.driver.pipeline import Pipeline
+from mmdit.driver.settings import Settings
 from mmdit.run import main, settle
-from mmdit.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 VOCABULARIES = {"clip_vocab": 1024, "t5_vocab": 512}
@@ -330,7 +330,7 @@ def test_nan_names_its_stage(desk: Desk, part: str, tensor: str, stage: str) -> 
 @pytest.mark.parametrize("where", ["euler", "shifted_sigmas", "load_parts"])
 def test_an_interrupt(desk: Desk, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     """Exit code 130, one line, and nothing left behind."""
-    monkeypatch.setattr(mmdit.pipeline, where, Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr(mmdit.driver.pipeline, where, Mock(side_effect=KeyboardInterrupt))
     ran = desk.run("a horse", "--dump", desk.folder / "deep" / "run.safetensors")
     assert ran == (130, [], ["interrupted: nothing more was written"])
     assert list(desk.folder.iterdir()) == []
@@ -362,7 +362,9 @@ def test_a_file_is_replaced_whole_or_not_at_all(desk: Desk, monkeypatch: pytest.
     out = desk.out / "x.png"
     out.parent.mkdir(parents=True)
     out.write_bytes(b"kept")
-    monkeypatch.setattr("mmdit.output.os.replace", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    monkeypatch.setattr(
+        "mmdit.driver.output.os.replace", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    )
     told = desk.run("a horse", out=out)
     assert told.code == 2
     assert out.read_bytes() == b"kept"

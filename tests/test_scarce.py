@@ -14,13 +14,13 @@ from test_memory import PROMPT, RUNGS, SIZE, drawn, equal, full  # noqa: F401
 from torch import Tensor
 from toys import toy_folder
 
-from mmdit.batch import Drawing
-from mmdit.loading import load_parts
-from mmdit.memory import DeviceMemoryError, Job, Plan, Planner
-from mmdit.meter import Meter
-from mmdit.pipeline import Pipeline
-from mmdit.residency import Network, Residency
-from mmdit.settings import Settings
+from mmdit.driver.batch import Drawing
+from mmdit.driver.loading import load_parts
+from mmdit.driver.pipeline import Pipeline
+from mmdit.driver.settings import Settings
+from mmdit.memory.meter import Meter
+from mmdit.memory.plan import DeviceMemoryError, Job, Plan, Planner
+from mmdit.memory.residency import Network, Residency
 from weights import Source
 
 JOB = Job(8, 12, 1, 3, 2, 20)

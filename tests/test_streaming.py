@@ -11,8 +11,8 @@ import torch
 from test_memory import Here
 from torch import Tensor, nn
 
-from mmdit import streaming
-from mmdit.streaming import Paged, Pages
+from mmdit.memory import streaming
+from mmdit.memory.streaming import Paged, Pages
 
 
 def test_a_stream_begins_anew_after_a_break() -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mmdit.streaming import Pages, Stream, Unit, give_back
+from mmdit.memory.streaming import Pages, Stream, Unit, give_back
 from weights import Source
 
 

@@ -18,7 +18,8 @@ from typing import Self
 from PIL import Image, PngImagePlugin
 from safetensors import SafetensorError
 
-from mmdit.settings import Settings, SettingsError, user_path
+from mmdit.driver.settings import Settings, user_path
+from mmdit.errors import SettingsError
 
 _END = b"\0\0\0\0IEND\xaeB`\x82"  # of every PNG file
 _BEHIND = 16  # pictures that may wait to be written

@@ -10,8 +10,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mmdit.output import check_writable, is_file, picture_path, settings_in, stem
-from mmdit.settings import LOADED, Settings, SettingsError, alone, settings_from, split_lora, user_path
+from mmdit.driver.output import check_writable, is_file, picture_path, settings_in, stem
+from mmdit.driver.settings import LOADED, Settings, alone, settings_from, split_lora, user_path
+from mmdit.errors import SettingsError
 
 JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
 

@@ -19,15 +19,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mmdit.attention import attention_by
-from mmdit.batch import Drawing
-from mmdit.compiled import compile_model
-from mmdit.loading import Parts, check_there, load_parts, part_dtype
-from mmdit.memory import DeviceMemoryError, Job, Plan, Planner, budget_of, memory_errors
+from mmdit.driver.batch import Drawing
+from mmdit.driver.loading import Parts, check_there, load_parts, part_dtype
+from mmdit.driver.settings import LOADED, Settings, alone, interval_of, settings_from, split_lora
+from mmdit.errors import SettingsError
+from mmdit.kernels.compiled import compile_model
+from mmdit.kernels.onednn import by_onednn
+from mmdit.memory.plan import DeviceMemoryError, Job, Plan, Planner, budget_of, memory_errors
+from mmdit.memory.residency import Residency
 from mmdit.model import MMDiT
-from mmdit.onednn import by_onednn
 from mmdit.prepared import Prepared
-from mmdit.residency import Residency
-from mmdit.settings import LOADED, Settings, SettingsError, alone, interval_of, settings_from, split_lora
 from samplers import Step, classifier_free_guidance, euler, shifted_sigmas
 from samplers.guidance import Velocity
 from text_encoders import Conditioning, TokenizerError

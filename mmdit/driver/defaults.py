@@ -7,7 +7,7 @@ them by default; SD3.5-Large as Stability AI's sd3_infer.py (CONFIGS).
 from typing import Any
 
 from mmdit.config import MMDiTConfig
-from mmdit.settings import SD35_MEDIUM_DEFAULTS
+from mmdit.driver.settings import SD35_MEDIUM_DEFAULTS
 
 SD3_MEDIUM_DEFAULTS: dict[str, Any] = {**SD35_MEDIUM_DEFAULTS, "cfg": 7.0}
 SD35_LARGE_DEFAULTS: dict[str, Any] = {**SD35_MEDIUM_DEFAULTS, "steps": 40, "cfg": 4.5}

@@ -12,14 +12,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mmdit.attention import attention_by
-from mmdit.memory import DeviceMemoryError, Job, Plan, budget_of
-from mmdit.residency import Mode
-from mmdit.settings import Settings, SettingsError, interval_of
+from mmdit.driver.settings import Settings, interval_of
+from mmdit.errors import SettingsError
+from mmdit.memory.plan import DeviceMemoryError, Job, Plan, budget_of
+from mmdit.memory.residency import Mode
 from samplers import Step, euler, shifted_sigmas
 from text_encoders import Conditioning
 
 if TYPE_CHECKING:
-    from mmdit.pipeline import Pipeline
+    from mmdit.driver.pipeline import Pipeline
 
 _TEXTS = 64  # encoded at a time: more are no faster
 _TOKENS = {"cuda": 2**16}  # denoised at a time: more are no faster, and make the first picture late

@@ -2,16 +2,13 @@
 
 import difflib
 import math
-import re
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from mmdit.config import MMDiTConfig
-
-
-class SettingsError(ValueError):
-    """A setting that cannot be used; the message is one line: which, why, and what would be right."""
+from mmdit.errors import SettingsError
+from mmdit.memory.options import memory_bytes
 
 
 def _setting(default: Any, help: str, **more: Any) -> Any:
@@ -172,17 +169,6 @@ def interval_of(text: str | None) -> tuple[float, float]:
     if not 0 <= low <= high <= 1:
         raise SettingsError(f"cfg_interval is {text!r}: expected LOW:HIGH, shares of noise from 0 to 1, as in 0.2:0.9")
     return low, high
-
-
-def memory_bytes(text: str) -> int | None:
-    """What `memory` says, a number with its unit, in bytes; None for "auto"; SettingsError for what is neither."""
-    if text == "auto":
-        return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*([KMGT])(i?)B?", text.strip(), re.IGNORECASE)
-    if match is None:
-        raise SettingsError(f"memory is {text!r}: expected a size such as 4GB or 900MB, or auto")
-    base = 1024 if match[3] else 1000
-    return int(float(match[1]) * base ** (1 + "KMGT".index(match[2].upper())))
 
 
 def whole(value: Any) -> TypeGuard[int]:

@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from mmdit.host import available_bytes
+from mmdit.memory.host import available_bytes
 from weights import Source
 
 Tensors = dict[str, Tensor]

@@ -1,8 +1,8 @@
 """Plans of what is on the device when: the fastest whose predicted peak keeps to a budget.
 
 A prediction adds up the weights that lie on the device and what the computation needs at its peak, which is found by
-running the real code, of a model cut short, without memory (`mmdit.meter`). On a CPU memory means what a process has of
-its own; weights that are used where they lie in the mapped file cost nothing.
+running the real code, of a model cut short, without memory (`mmdit.memory.meter`). On a CPU memory means what a process
+has of its own; weights that are used where they lie in the mapped file cost nothing.
 """
 
 import math
@@ -16,14 +16,15 @@ from typing import Any, NamedTuple
 import torch
 
 from mmdit.attention import chosen
-from mmdit.empty import on_meta
-from mmdit.host import available_bytes, own_bytes
-from mmdit.meter import peak_bytes
+from mmdit.errors import SettingsError
+from mmdit.memory.empty import on_meta
+from mmdit.memory.host import available_bytes, own_bytes
+from mmdit.memory.meter import peak_bytes
+from mmdit.memory.options import memory_bytes
+from mmdit.memory.residency import Mode, Network
+from mmdit.memory.streaming import Unit
 from mmdit.model import MMDiT
 from mmdit.prepared import Prepared
-from mmdit.residency import Mode, Network
-from mmdit.settings import SettingsError, memory_bytes
-from mmdit.streaming import Unit
 from vae import cpu_rows, decode_peak, rows_for
 
 _WORKSPACE = {"cuda": 40_000_000, "cpu": 80_000_000}  # bytes that matrix products and their like take for themselves

@@ -11,14 +11,15 @@ import torch
 from torch import nn
 
 from mmdit.attention import missing
-from mmdit.compiled import lacking
 from mmdit.config import MMDiTConfig
-from mmdit.defaults import default_settings
-from mmdit.empty import on_meta
+from mmdit.driver.defaults import default_settings
+from mmdit.driver.settings import Settings, check_defaults, check_size, split_lora, user_path
+from mmdit.errors import SettingsError
+from mmdit.kernels.compiled import lacking
+from mmdit.kernels.quantise import QuantisedSource, quantised
+from mmdit.memory.empty import on_meta
+from mmdit.memory.residency import Network
 from mmdit.model import MMDiT
-from mmdit.quantise import QuantisedSource, quantised
-from mmdit.residency import Network
-from mmdit.settings import Settings, SettingsError, check_defaults, check_size, split_lora, user_path
 from text_encoders import (
     CLIPConfig,
     CLIPTextEncoder,
@@ -34,7 +35,7 @@ from weights import Checkpoint, CheckpointError, Component, Source, hub, open_ch
 from weights.adapters import Adapters
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-DEMO = Path(__file__).parent.parent / "weights" / "demo"
+DEMO = Path(__file__).parents[2] / "weights" / "demo"
 
 # The setting that names a separate file for a component.
 SEPARATE = {"clip_l": "clip_l", "clip_g": "clip_g", "t5": "t5xxl", "vae": "vae"}
