@@ -56,6 +56,28 @@ def test_other_kinds(toy: Toy, ending: str, kind: str) -> None:
         toy.add({**lora(FC1, 512, 128), f"lora_unet_x.{ending}": noise(4)})
 
 
+NORM = "text_model.encoder.layers.0.layer_norm1"  # of 64 numbers
+
+
+@pytest.mark.parametrize(
+    ("module", "width"),
+    [(f"text_encoder.{NORM}", 64), ("diffusion_model.joint_blocks.0.x_block.attn.ln_q", 64)],
+)
+@pytest.mark.parametrize("kind", ["LoRA", "LoHa", "LoKr", "DoRA"])
+def test_a_norm_is_no_matrix(toy: Toy, module: str, width: int, kind: str) -> None:
+    """Left out with its reason, beside a module that applies; factors of a matrix of one column."""
+    roles = {
+        "LoRA": {"lora_down.weight": (1, 1), "lora_up.weight": (width, 1)},
+        "LoHa": {"hada_w1_a": (width, 1), "hada_w1_b": (1, 1), "hada_w2_a": (width, 1), "hada_w2_b": (1, 1)},
+        "LoKr": {"lokr_w1": (1, 1), "lokr_w2": (width, 1)},
+        "DoRA": {"diff": (width,), "dora_scale": (width,)},
+    }[kind]
+    tensors = {**lora(FC1, 512, 128), **{f"{module}.{role}": noise(*shape) for role, shape in roles.items()}}
+    with pytest.warns(UserWarning, match=rf"1 that do not fit \({module} is {kind}, which changes matrices; a norm's"):
+        toy.add(tensors)
+    assert list(toy.changed()) == [("transformer", "joint_blocks.0.x_block.mlp.fc1.weight")]
+
+
 def test_files_that_are_no_adapters(toy: Toy) -> None:
     folder = toy.folder / "empty"
     folder.mkdir()

@@ -20,8 +20,9 @@ RUN_TIME = {"torch", "safetensors", "sentencepiece", "tokenizers", "einops", "nu
 OPTIONAL = {"gguf": "weights/gguf.py", "huggingface_hub": "weights/hub.py"}  # package: the one file that asks for it
 MODULES = {"PIL": "pillow"}
 
-# Which packages of the project each may import: data flows one way, and only the driver knows all of them.
-SEAMS = {"samplers": set(), "text_encoders": set(), "vae": set(), "weights": set(), "mmdit": set(PACKAGES)}
+# Which packages of the project each may import: data flows one way, and only the driver knows all of them. The reader
+# of JSON is that of the weights, also for a tokenizer's files.
+SEAMS = {"samplers": set(), "text_encoders": {"weights"}, "vae": set(), "weights": set(), "mmdit": set(PACKAGES)}
 
 
 def sources(*folders: str) -> list[Path]:

@@ -71,14 +71,11 @@ class CLIPConfig:
         wide, and a model up to 768 wide (OpenAI's) has quick_gelu, a wider one (OpenCLIP's) gelu.
         `projection_dim` is set exactly where `text_projection.weight` is among the shapes.
 
-        Raises ValueError where a needed tensor is absent.
+        Raises KeyError where a needed tensor is absent.
         """
-        try:
-            vocab_size, hidden_size = shapes["text_model.embeddings.token_embedding.weight"]
-            max_length = shapes["text_model.embeddings.position_embedding.weight"][0]
-            intermediate_size = shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0]
-        except KeyError as error:
-            raise ValueError(f"no CLIP text encoder: the tensor {error} is absent") from None
+        vocab_size, hidden_size = shapes["text_model.embeddings.token_embedding.weight"]
+        max_length = shapes["text_model.embeddings.position_embedding.weight"][0]
+        intermediate_size = shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0]
         numbers = (LAYER.match(name) for name in shapes)
         projection = shapes.get("text_projection.weight")
         return cls(

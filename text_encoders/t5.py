@@ -64,15 +64,12 @@ class T5Config:
         """Infer the sizes from the tensor shapes of a weights file that comes without a config.
 
         `max_distance` and `eps` leave no trace in the shapes and are T5's only published values.
-        Raises ValueError where a needed tensor is absent.
+        Raises KeyError where a needed tensor is absent.
         """
-        try:
-            vocab_size, d_model = shapes["shared.weight"]
-            inner = shapes["encoder.block.0.layer.0.SelfAttention.q.weight"][0]
-            buckets, heads = shapes["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]
-            d_ff = shapes["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"][0]
-        except KeyError as error:
-            raise ValueError(f"no T5 v1.1 encoder: the tensor {error} is absent") from None
+        vocab_size, d_model = shapes["shared.weight"]
+        inner = shapes["encoder.block.0.layer.0.SelfAttention.q.weight"][0]
+        buckets, heads = shapes["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]
+        d_ff = shapes["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"][0]
         numbers = (BLOCK.match(name) for name in shapes)
         return cls(
             vocab_size=vocab_size,

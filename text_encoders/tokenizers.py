@@ -8,7 +8,6 @@ every exclamation mark of a prompt gets the padding's id), and T5's normalisatio
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,8 @@ import sentencepiece
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
+
+from weights import CheckpointError, jsons
 
 LONGEST_MESSAGE = 2000  # characters
 HINT = "--tokenizers FOLDER names a folder with tokenizer/, tokenizer_2/ and tokenizer_3/"
@@ -302,14 +303,10 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; an empty one where there is no such file."""
     if not path.is_file():
         return {}
-    text = read_text(path)
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path}: malformed JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise TokenizerError(f"{path}: malformed, not a JSON object")
-    return content
+        return jsons.read_json(path)
+    except CheckpointError as error:
+        raise TokenizerError(str(error)) from None
 
 
 def read_text(path: Path) -> str:

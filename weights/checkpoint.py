@@ -14,7 +14,8 @@ from typing import Any
 from weights.component import Component
 from weights.errors import CheckpointError, one_line
 from weights.files import read_file
-from weights.header import Header, TensorInfo, read_json, read_safetensors
+from weights.header import Header, TensorInfo, read_safetensors
+from weights.jsons import read_json
 from weights.kinds import COMPONENTS, WHAT, Network, described, networks, refuse_strangers, split
 from weights.layouts import is_ignored, native_entries
 from weights.quantised import declared_layers, with_scales
@@ -230,4 +231,5 @@ def _component(
 ) -> Component:
     tensors = {key: info for key, info in tensors.items() if not is_ignored(key)}
     weights = with_scales(tensors, declared_layers(path, metadata, network.prefix))
-    return Component(name, path, weights, native_entries(name, network.layout, weights), config)
+    entries = native_entries(name, network.layout, weights)
+    return Component(name, path, weights, entries, config, network.layout, network.prefix)

@@ -1,6 +1,6 @@
 """One network's tensors inside a checkpoint: names, shapes and dtypes known, values read on demand."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from weights.errors import CheckpointError
 from weights.files import open_file
 from weights.header import DTYPES, TensorInfo
-from weights.keymap import VIEWS, Entry, convert, converted_shape
+from weights.keymap import TABLES, VIEWS, Entry, convert, converted_shape, to_diffusers
 from weights.quantised import FP8, decode, decoded_dtype
 
 _FLOATS = ("F64", "F32", "F16", "BF16", *FP8)
@@ -30,13 +30,19 @@ class Component:
         tensors: Mapping[str, TensorInfo],
         entries: Mapping[str, Entry],
         config: dict[str, Any] | None = None,
+        layout: str = "native",
+        prefix: str = "",
     ) -> None:
-        """`entries`: how each native name is made from `tensors`; CheckpointError if one cannot be used."""
+        """`entries`: how each native name is made from `tensors`; CheckpointError if one cannot be used.
+
+        layout, prefix: how names are spelled in the file (see `layouts`).
+        """
         self.name = name
         self.path = path
         self.config = config
         self._tensors = tensors
         self._entries = entries
+        self._layout, self._prefix = layout, prefix
         self._files: dict[Path, Any] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
@@ -46,7 +52,7 @@ class Component:
             try:
                 self.shapes[native] = converted_shape(entry.op, [info.shape for info in infos])
             except ValueError as error:
-                raise CheckpointError(f"{path}: {name}: {native}: {error}") from None
+                raise CheckpointError(f"{path}: {name}: {self.spelled(native)}: {error}") from None
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor of this native name, on the CPU, in the dtype of the file.
@@ -59,6 +65,21 @@ class Component:
         entry = self._entries[name]
         parts = [self._raw(self._tensors[source]) for source in entry.sources]
         return convert(entry.op, parts, entry.part)
+
+    def spelled(self, native: str, others: Iterable[str] = ()) -> str:
+        """For messages: a tensor's name in the file, or what it would have there, and its native one where that differs.
+
+        others: native names that the file should have too, as some names depend on the number of layers.
+        """
+        if native in self._entries:
+            keys = [self._tensors[source].key for source in self._entries[native].sources]
+        elif self._layout == "diffusers" and self.name in TABLES:
+            table = to_diffusers([*others, native], TABLES[self.name])
+            keys = [key for key, entry in table.items() if native in entry.sources and key not in self._tensors]
+        else:
+            keys = [self._prefix + native]
+        told = " + ".join(keys)
+        return told if told.endswith(native) else f"{told} (here {native})"
 
     def is_stored(self, name: str, dtype: torch.dtype) -> bool:
         """Whether the file has this tensor just so, and `read` gives a view of it."""

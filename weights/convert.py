@@ -130,6 +130,11 @@ class Values:
             self._last = ((part, name), self._made(part, name))
         return self._last[1]
 
+    def where(self, part: str, name: str) -> str:
+        """File and name of a tensor, for messages."""
+        component = self._components[part]
+        return f"{component.path}: {component.spelled(name, self.shapes[part])}"
+
     def _made(self, part: str, name: str) -> Tensor:
         if name not in self._components[part].shapes:  # a projection that was added
             return torch.eye(self.shapes[part][name][0])
@@ -244,8 +249,9 @@ def _new_shape(entry: Entry, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _check_taken_for_granted(checkpoint: Checkpoint, values: Values) -> None:
     """CheckpointError where the folder says of itself what a single file cannot, and it is not what readers assume."""
-    shift = (checkpoint.scheduler or {}).get("shift", 3.0)
-    told = [] if shift == 3.0 else [("scheduler: shift", shift, 3.0)]
+    scheduler = {"shift": 3.0, **(checkpoint.scheduler or {})}
+    told = [] if scheduler["shift"] == 3.0 else [("scheduler: shift", scheduler["shift"], 3.0)]
+    told += [(f"scheduler: {name}", *values) for name, *values in published.other_schedule(scheduler)]
     for part, keys in _UNTOLD.items():
         config = checkpoint.config(part) if part in values.shapes else None
         if config:
@@ -278,7 +284,8 @@ def _config(part: str, shapes: dict[str, tuple[int, ...]], checkpoint: Checkpoin
             return published.vae_config(shapes)
         return published.t5_config(shapes) if part == "t5" else published.clip_config(shapes)
     except KeyError as missing:
-        raise CheckpointError(f"{checkpoint.path}: {part} lacks {missing}") from None
+        name = checkpoint.component(part).spelled(missing.args[0], shapes)
+        raise CheckpointError(f"{checkpoint.path}: {part} lacks {name}") from None
     except (ValueError, TypeError, IndexError, ArithmeticError) as error:
         raise CheckpointError(f"{checkpoint.path}: {part}: sizes without sense: {error}") from None
 
@@ -296,7 +303,7 @@ def _tensors(pieces: Sequence[Piece], values: Values, bar: Any) -> Iterator[Tens
             yield torch.empty(piece.shape, dtype=piece.dtype)
             continue
         tensor = revert(piece.entry, values.read(piece.part, piece.entry.sources[0]))
-        yield from rounded(piece.name, tensor, piece.dtype)
+        yield from rounded(values.where(piece.part, piece.entry.sources[0]), tensor, piece.dtype)
         bar.update(piece.bytes)
 
 

@@ -12,7 +12,7 @@ from weights.errors import CheckpointError
 
 Module = TypeVar("Module", bound=nn.Module)
 
-_SHOWN = 10
+_SHOWN = 5
 
 
 class Source:
@@ -104,16 +104,15 @@ def _check(model: str, component: Component, wanted: dict[str, tuple[int, ...]])
     found = component.shapes
     missing = [name for name in wanted if name not in found]
     unexpected = [name for name in found if name not in wanted]
-    wrong = [
-        f"{name} {list(found[name])} should be {list(shape)}"
-        for name, shape in wanted.items()
-        if name in found and found[name] != shape
-    ]
-    if missing or unexpected or wrong:
-        groups = (("missing", missing), ("unexpected", unexpected), ("of the wrong shape", wrong))
-        told = "; ".join(f"{len(names)} {what}: {_first(names)}" for what, names in groups if names)
-        raise CheckpointError(f"{component.path}: {component.name} does not fit this {model}: {told}")
+    wrong = [name for name, shape in wanted.items() if name in found and found[name] != shape]
 
+    def told(what: str, names: Sequence[str], shapes: bool = False) -> str:
+        first = [component.spelled(name, wanted) for name in names[:_SHOWN]]
+        if shapes:
+            first = [f"{text} {list(found[n])} should be {list(wanted[n])}" for text, n in zip(first, names)]
+        return f"{len(names)} {what}: {', '.join(first)}{', ...' if len(names) > _SHOWN else ''}"
 
-def _first(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+    groups = (told("missing", missing), told("unexpected", unexpected), told("of the wrong shape", wrong, shapes=True))
+    strange = "; ".join(text for text, names in zip(groups, (missing, unexpected, wrong)) if names)
+    if strange:
+        raise CheckpointError(f"{component.path}: {component.name} does not fit this {model}: {strange}")

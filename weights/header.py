@@ -15,7 +15,6 @@ from weights.jsons import parse_json
 
 # The limit of the safetensors library itself; a larger header is an attack or not a header.
 MAX_HEADER_BYTES = 100_000_000
-MAX_JSON_BYTES = 16_000_000  # of a configuration or an index
 # Far above what any published model has.
 MAX_TENSORS = 100_000
 MAX_NAME = 1000  # characters
@@ -52,26 +51,6 @@ class Header(NamedTuple):
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, Any]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; CheckpointError when unreadable, not JSON, or not an object."""
-    if path.exists() and not path.is_file():
-        raise CheckpointError(f"{path}: not a regular file")
-    try:
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path}: {size} bytes of JSON, at most {MAX_JSON_BYTES} are read")
-        raw = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    try:
-        value = parse_json(raw)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:

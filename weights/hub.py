@@ -11,7 +11,7 @@ from typing import Any
 
 from weights.checkpoint import PLACES, weights_file
 from weights.errors import CheckpointError
-from weights.header import read_json
+from weights.jsons import read_json
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _FILES = (".safetensors", ".gguf", ".ckpt", ".pt", ".bin", ".json")

@@ -38,7 +38,8 @@ from weights.component import Component
 from weights.errors import CheckpointError, one_line
 from weights.files import is_gguf
 from weights.gguf import GGUFFile
-from weights.header import DTYPES, TensorInfo, read_json, read_safetensors
+from weights.header import DTYPES, TensorInfo, read_safetensors
+from weights.jsons import read_json
 from weights.kinds import COMPONENTS, WHAT, Network, described, networks, split, stranger
 from weights.layouts import is_ignored
 from weights.quantised import FP8
@@ -182,7 +183,7 @@ def _other_size(component: Component) -> str | None:
     key, wanted, what = SIDES[component.name]
     shape = component.shapes.get(key, ())
     if len(shape) < 2:
-        return f"{WHAT[component.name]} that lacks {key}"
+        return f"{WHAT[component.name]} that lacks {component.spelled(key)}"
     return None if shape[1] == wanted else f"{shape[1]} {what}; Stable Diffusion 3's has {wanted}"
 
 
@@ -268,10 +269,10 @@ def _checkpoint(path: Path, checkpoint: Checkpoint, parts: list[dict[str, Any]],
 
 def _model(component: Component) -> tuple[str | None, str | None]:
     """The published model with these native shapes, or None, and what is wrong with it, or None."""
-    shapes = component.shapes
-    patches = shapes.get("x_embedder.proj.weight")
+    shapes, key = component.shapes, "x_embedder.proj.weight"
+    patches = shapes.get(key)
     if not patches:
-        return None, "lacks x_embedder.proj.weight: not a transformer of Stable Diffusion 3"
+        return None, f"lacks {component.spelled(key)}: not a transformer of Stable Diffusion 3"
     blocks = {name.split(".")[1] for name in shapes if name.startswith("joint_blocks.")}
     dual = sum(name.endswith("x_block.attn2.qkv.weight") for name in shapes)
     norm = any(name.endswith("attn.ln_k.weight") for name in shapes)

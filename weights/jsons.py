@@ -2,10 +2,34 @@
 
 import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
+from weights.errors import CheckpointError
+
+MAX_BYTES = 16_000_000  # of a file: a configuration, an index or a vocabulary
 MAX_VALUES = 1_000_000  # in one text; the header of a published model has about 10,000
 MAX_DEPTH = 20
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; CheckpointError when unreadable, not JSON, or not an object."""
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path}: not a regular file")
+    try:
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise CheckpointError(f"{path}: {size} bytes of JSON, at most {MAX_BYTES} are read")
+        raw = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    try:
+        value = parse_json(raw)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -19,6 +43,8 @@ def parse_json(text: str | bytes) -> Any:
         if sum(map(text.count, ",[{")) > MAX_VALUES:
             raise ValueError(f"more than {MAX_VALUES} values")
         value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_number)
+    except UnicodeDecodeError:
+        raise ValueError("it is not UTF-8 text") from None
     except RecursionError:
         raise ValueError(f"nested deeper than {MAX_DEPTH}") from None
     _check_depth(value)

@@ -41,6 +41,23 @@ _CLASSES = {
 }
 _VERSION = {"_diffusers_version": "0.31.0"}
 
+_EULER = "FlowMatchEulerDiscreteScheduler"
+# Of scheduler_config.json, what changes the noise levels or the steps besides the shift.
+_SCHEDULE = {
+    "_class_name": _EULER,
+    "num_train_timesteps": 1000,
+    "invert_sigmas": False,
+    "shift_terminal": None,
+    "stochastic_sampling": False,
+}
+
+
+def other_schedule(scheduler: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Name, value and SD3's own value of each setting that makes this another schedule than a shifted one."""
+    usual = {**{name: False for name in scheduler if name.startswith("use_")}, **_SCHEDULE}
+    found = [(name, scheduler[name], value) for name, value in usual.items() if name in scheduler]
+    return [(name, value, usual) for name, value, usual in found if (value or None) != (usual or None)]
+
 
 def split(items: Sequence[T], sizes: Sequence[int], limit: int) -> list[list[T]]:
     """Items in order, cut into shards of at most `limit` bytes; a larger item stands alone."""
@@ -84,14 +101,13 @@ def write_pipeline_files(
         if tokenizers is not None and (tokenizers / name).is_dir():
             shutil.copytree(tokenizers / name, out / name, dirs_exist_ok=True)
             present.add(name)
-    euler = "FlowMatchEulerDiscreteScheduler"
-    plain = {"_class_name": euler, "num_train_timesteps": 1000, "shift": shift}
+    plain = {"_class_name": _EULER, "num_train_timesteps": 1000, "shift": shift}
     (out / "scheduler").mkdir(exist_ok=True)
     write_json(out / "scheduler" / "scheduler_config.json", scheduler or plain | _VERSION)
     classes = {name: kind if name in present else [None, None] for name, kind in _CLASSES.items()}
     index = {"_class_name": "StableDiffusion3Pipeline", **_VERSION, **classes}
     write_json(
-        out / "model_index.json", index | {"scheduler": ["diffusers", (scheduler or plain).get("_class_name", euler)]}
+        out / "model_index.json", index | {"scheduler": ["diffusers", (scheduler or plain).get("_class_name", _EULER)]}
     )
     if defaults is not None:
         write_json(out / "mmdit.json", defaults)

@@ -145,7 +145,8 @@ def build(component: Component) -> Any:
             raise ValueError(f"{layers} layers of {len(component.shapes)} tensors")
         return on_meta(module, values)
     except KeyError as missing:
-        raise CheckpointError(f"{component.path}: {component.name} lacks {missing}") from None
+        name = component.spelled(missing.args[0], component.shapes)
+        raise CheckpointError(f"{component.path}: {component.name} lacks {name}") from None
     except (ValueError, TypeError, IndexError, ArithmeticError, RuntimeError) as error:
         raise CheckpointError(f"{component.path}: {component.name}: sizes without sense: {error}") from None
 
@@ -173,9 +174,10 @@ def shift_of(checkpoint: Checkpoint) -> float:
     shift = scheduler.get("shift", 3.0)
     if isinstance(shift, bool) or not isinstance(shift, int | float) or not 0 < shift < math.inf:
         raise CheckpointError(f"{checkpoint.path}: scheduler: shift is {shift!r}: expected a number above 0")
-    for name, value in scheduler.items():
-        if name.startswith("use_") and value:
-            raise CheckpointError(f"{checkpoint.path}: scheduler: {name} is not supported: only a fixed shift is")
+    for name, value, usual in published.other_schedule(scheduler):
+        raise CheckpointError(
+            f"{checkpoint.path}: scheduler: {name} is not supported ({value!r:.60}): expected {usual!r}, as in SD3"
+        )
     return shift
 
 
@@ -233,12 +235,14 @@ def load_tokenizers(settings: Settings, checkpoint: Checkpoint) -> dict[str, Any
 def device_of(settings: Settings) -> torch.device:
     """The device asked for; SettingsError where it is not there."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if settings.device == "auto":
-        return torch.device(next(name for name, there in available.items() if there))
-    if not available[settings.device]:
+    name = next(name for name, there in available.items() if there) if settings.device == "auto" else settings.device
+    if not available[name]:
         there = ", ".join(name for name, there in available.items() if there)
-        raise SettingsError(f"device {settings.device} is not available here: there is {there}")
-    return torch.device(settings.device)
+        raise SettingsError(f"device {name} is not available here: there is {there}")
+    if name == "cpu":
+        return torch.device(name)
+    # With its number, as tensors there have it: "cuda" is not equal to "cuda:0".
+    return torch.device(name, torch.cuda.current_device() if name == "cuda" else 0)
 
 
 def check_there(settings: Settings, device: torch.device, dtype: torch.dtype) -> None:

@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 
 from weights.adapters.scale import Scaling
 from weights.errors import CheckpointError
-from weights.header import DTYPES, TensorInfo, read_header, read_json
-from weights.jsons import parse_json
+from weights.header import DTYPES, TensorInfo, read_header
+from weights.jsons import parse_json, read_json
 
 _DOWN = (".lora_down.weight", ".lora_A.weight", ".lora.down.weight", "_lora.down.weight",
          ".lora_linear_layer.down.weight", ".lora_A")  # fmt: skip

@@ -237,8 +237,10 @@ def merged_tensor(name: str, original: Tensor, todo: list[tuple[Active, Change]]
             rows.copy_(new)
     result = value.to(original.dtype)
     if not all(map(math.isfinite, torch.stack(torch.aminmax(result)).tolist())):
-        path, dtype = todo[-1][0].path, str(original.dtype).removeprefix("torch.")
-        raise CheckpointError(f"{path}: with it {name} has NaN or infinity in {dtype}: expected finite numbers")
+        path, module, dtype = todo[-1][0].path, todo[-1][1].module, str(original.dtype).removeprefix("torch.")
+        raise CheckpointError(
+            f"{path}: with its {module}, {name} has NaN or infinity in {dtype}: expected finite numbers"
+        )
     return result
 
 

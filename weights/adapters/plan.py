@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from weights.adapters.groups import AdapterFile, open_adapter
-from weights.adapters.kinds import Kind, Shapes, fits, kind_of, magnitude_shape
+from weights.adapters.kinds import DIFF, SET, Kind, Shapes, fits, kind_of, magnitude_shape
 from weights.adapters.targets import Lookup, Target, is_idle, other_model, owner
 from weights.errors import CheckpointError, one_line
 
@@ -120,7 +120,10 @@ def _step(target: Target, shapes: Shapes) -> Step:
         shape = kind.shape(shapes)
         if not fits(shape, target.shape):
             raise ValueError(f"is {list(shape)}, should be {list(target.shape)}")
-        magnitude_shape(shapes, target.shape)
+        dora = magnitude_shape(shapes, target.shape) is not None
+        if len(target.shape) == 1 and (dora or kind not in (DIFF, SET)):
+            what = "DoRA" if dora else kind.name
+            raise ValueError(f"is {what}, which changes matrices; a norm's vector takes diff, w_norm or set_weight")
     found = [shapes[role] for role in _BIAS_ROLES if role in shapes]
     for shape in found:
         if shape != target.shape[:1]:
