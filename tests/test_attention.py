@@ -19,8 +19,14 @@ AUTO = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
 THERE = [
     (name, device, dtype)
     for name, device, dtype in itertools.product(BACKENDS, DEVICES, DTYPES)
-    if missing(name, torch.device(device), dtype) is None
+    if name != "cores" and missing(name, torch.device(device), dtype) is None
 ]
+# Where the processor does not multiply bfloat16, products of float32 stand in: all but the speed is the same.
+products = pytest.mark.skipif(
+    not hasattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision"),
+    reason="this PyTorch has no switch for oneDNN's products",
+)
+THERE.append(pytest.param("cores", "cpu", torch.bfloat16, marks=products))
 
 
 def draw(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,7 +60,7 @@ def test_attention_is_the_formula(name: str, device: str, dtype: torch.dtype, sh
     assert float((found.cpu().double() - expected).norm() / expected.norm()) <= most
 
 
-@pytest.mark.skipif(not cores.available(torch.device("cpu"), torch.bfloat16), reason="needs bfloat16 in oneDNN")
+@products
 @pytest.mark.parametrize("scores", [1 << 9, 1 << 12, 1 << 20])
 def test_cores_with_any_number_of_rows_at_a_time(scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks that do not divide the queries, on slices of one projection; the process is left as it was."""
@@ -67,7 +73,7 @@ def test_cores_with_any_number_of_rows_at_a_time(scores: int, monkeypatch: pytes
     assert (torch.get_num_threads(), torch.backends.mkldnn.matmul.fp32_precision) == before
 
 
-@pytest.mark.skipif(not cores.available(torch.device("cpu"), torch.bfloat16), reason="needs bfloat16 in oneDNN")
+@products
 @pytest.mark.parametrize("sign", [-1, 1])
 @pytest.mark.parametrize("largest", [0.0, 50.0, 200.0, 2000.0, 2e4])
 def test_cores_with_scores_that_powers_cannot_hold(largest: float, sign: int) -> None:
@@ -80,6 +86,29 @@ def test_cores_with_scores_that_powers_cannot_hold(largest: float, sign: int) ->
     q, k, v = (t.bfloat16() for t in (q, k, v))
     found, expected = cores.attend(q, k, v).flatten(2).double(), written_out(q, k, v)
     assert float((found - expected).norm() / expected.norm()) <= 6e-3
+
+
+@products
+@pytest.mark.parametrize(
+    ("shape", "dtype", "gradients", "taken"),
+    [
+        ((1, 515, 521, 2, 64), torch.bfloat16, False, True),
+        ((1, 515, 521, 2, 64), torch.bfloat16, True, False),
+        ((1, 515, 521, 2, 64), torch.float32, False, False),
+        ((1, 50, 50, 2, 64), torch.bfloat16, False, False),
+    ],
+)
+def test_cores_are_the_default_where_they_are_worth_it(
+    shape: tuple[int, ...], dtype: torch.dtype, gradients: bool, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For many scores in bfloat16, without gradients, where oneDNN multiplies it."""
+    attend, calls = cores.attend, []
+    monkeypatch.setattr(cores, "available", lambda device, dtype: (device.type, dtype) == ("cpu", torch.bfloat16))
+    monkeypatch.setattr(cores, "attend", lambda *args: calls.append(1) or attend(*args))
+    q, k, v = (t.requires_grad_(gradients) for t in draw(shape, dtype, "cpu"))
+    found = attention(q, k, v).detach().double()
+    assert float((found - written_out(q.detach(), k.detach(), v.detach())).norm() / found.norm()) <= AUTO[dtype]
+    assert bool(calls) == taken
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

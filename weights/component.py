@@ -67,7 +67,7 @@ class Component:
         return convert(entry.op, parts, entry.part)
 
     def spelled(self, native: str, others: Iterable[str] = ()) -> str:
-        """For messages: a tensor's name in the file, or what it would have there, and its native one where that differs.
+        """A tensor's name in the file, or that it should have there, with the native one where they differ.
 
         others: native names that the file should have too, as some names depend on the number of layers.
         """
