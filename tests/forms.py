@@ -60,9 +60,13 @@ def unscaled(stored: Tensors, prefix: str = "") -> Tensors:
 # ---- GGUF ----------------------------------------------------------------------------------------
 
 
-def write_gguf(path: Path, tensors: Stored, arch: str = "sd3", shapes: Mapping[str, list[int]] = {}) -> Path:
-    """A GGUF file by the package's writer; shapes: for `comfy.gguf.orig_shape`."""
+def write_gguf(
+    path: Path, tensors: Stored, arch: str = "sd3", shapes: Mapping[str, list[int]] = {}, alignment: int | None = None
+) -> Path:
+    """A GGUF file by the package's writer; shapes: for `comfy.gguf.orig_shape`; alignment: another than usual."""
     writer = gguf.GGUFWriter(path, arch)
+    if alignment is not None:
+        writer.add_custom_alignment(alignment)
     writer.add_array("tokenizer.ggml.tokens", ["a", "of", "the"])
     writer.add_array("numbers", [1.5, 2.5])
     for name, shape in shapes.items():

@@ -71,6 +71,15 @@ def test_every_type_is_what_the_package_makes_of_it(tmp_path: Path, kind: Type) 
         assert torch.equal(got.float().nan_to_num(7.0), expected.nan_to_num(7.0))
 
 
+@pytest.mark.parametrize("alignment", [8, 16, 64, 4096])
+def test_tensors_begin_at_multiples_of_the_alignment(tmp_path: Path, alignment: int) -> None:
+    """That the file states, where it is not 32; of tensors whose sizes are no multiples of it."""
+    stored = {str(n): (np.arange(n, dtype=np.float32) + n, Type.F32) for n in (3, 17, 1030, 5)}
+    file = GGUFFile(write_gguf(tmp_path / "file", stored, alignment=alignment))
+    for name, (numbers, _) in stored.items():
+        assert file.get_tensor(name).tolist() == numbers.tolist()
+
+
 def test_two_types_written_out(tmp_path: Path) -> None:
     """Q8_0: half-precision scale, 32 bytes; Q4_0: scale, 16 bytes whose low nibbles come first, each less 8."""
     eight = struct.pack("<e", 0.5) + bytes(range(16)) + bytes(range(240, 256))

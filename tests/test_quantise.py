@@ -10,9 +10,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from toys import toy_folder
 
+from mmdit.config import TOY
 from mmdit.driver.pipeline import Pipeline
-from mmdit.kernels.quantise import FORMATS, QuantisedLinear, rounded, scales
+from mmdit.kernels.quantise import FORMATS, QuantisedLinear, quantised, rounded, scales
+from mmdit.memory.empty import on_meta
 from mmdit.memory.residency import Mode
+from mmdit.model import MMDiT
 
 SIZE = {"prompt": "a horse", "width": 96, "height": 64, "steps": 2, "t5_length": 20}
 # Half a step of the largest number of a row over its usual size: 127 steps, or 3 bits of mantissa.
@@ -59,6 +62,19 @@ def test_a_layer_is_the_layer_of_the_rounded_matrix(kind: str, dtype: torch.dtyp
     assert relative_error(matrix, linear.weight) <= ERRORS[kind]
     expected = x.double() @ matrix.T + linear.bias.double()
     assert relative_error(layer(x), expected) <= (1e-6 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_only_the_matrices_of_the_blocks_are_in_8_bits(kind: str) -> None:
+    """No modulation (adaLN), no embedding, not the final layer; of a dual block, a plain one, and a last one."""
+    model = quantised(on_meta(MMDiT, replace(TOY, depth=3)), kind)
+    found = {name for name, module in model.named_modules() if isinstance(module, QuantisedLinear)}
+    expected = {f"joint_blocks.0.x_block.attn2.{leaf}" for leaf in ("qkv", "proj")}
+    for i in range(3):
+        expected |= {f"joint_blocks.{i}.x_block.{leaf}" for leaf in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
+        rest = ("attn.qkv",) if i == 2 else ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+        expected |= {f"joint_blocks.{i}.context_block.{leaf}" for leaf in rest}
+    assert found == expected
 
 
 @pytest.mark.parametrize("kind", FORMATS)
