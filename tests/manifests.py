@@ -1,18 +1,27 @@
-"""Names and shapes of published checkpoints, for tests: a committed list, and fuller manifests if present."""
+"""Names, shapes and configurations of published checkpoints, for tests (see data/README.md)."""
 
 import json
+import lzma
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import nn
 
-GOLDEN = Path(__file__).parent / "golden" / "sd35_medium.txt"
-MANIFESTS = Path(__file__).parents[2] / "shared" / "reference" / "manifests"
+DATA = Path(__file__).parent / "data"
 
 SMALL = {"clip_vocab": 96, "t5_vocab": 80}  # vocabularies that keep toy checkpoints light
 NATIVE_MARK = "joint_blocks.0.context_block.attn.qkv.weight"
+
+# Which manifest has the native names of which part of SD3.5-Medium.
+_PARTS = {
+    "transformer": "sd35_medium.stability.mmdit",
+    "vae": "vae.stability",
+    "clip_l": "clip_l.file",
+    "clip_g": "clip_g.file",
+    "t5": "t5xxl.hf_sharded_219",
+}
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -23,24 +32,21 @@ def meta(kind: type, config: object) -> nn.Module:
         return kind(config)
 
 
-def golden() -> dict[str, Shapes]:
-    """{component: {native name: shape}} of SD3.5-Medium."""
-    parts: dict[str, Shapes] = {}
-    for line in GOLDEN.read_text(encoding="utf-8").splitlines():
-        name, shape = line.split()
-        part, key = name.split(":")
-        parts.setdefault(part, {})[key] = tuple(int(n) for n in shape.split(","))
-    return parts
+@cache
+def manifests() -> dict[str, Any]:
+    """All of them by name; not to be written to."""
+    return json.loads(lzma.decompress((DATA / "manifests.json.xz").read_bytes()))
 
 
 def manifest(name: str) -> Any:
-    """The JSON of one manifest; skips the test where the manifests are not at hand."""
-    path = MANIFESTS / f"{name}.json"
-    if not path.exists():
-        pytest.skip(f"no {name} manifest beside the checkout")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return manifests()[name]
 
 
 def shapes(name: str) -> Shapes:
     """A {name: shape} manifest with shapes as tuples."""
     return {key: tuple(shape) for key, shape in manifest(name).items()}
+
+
+def golden() -> dict[str, Shapes]:
+    """{component: {native name: shape}} of SD3.5-Medium."""
+    return {part: shapes(name) for part, name in _PARTS.items()}

@@ -1,12 +1,11 @@
 """The text encoders against transformers on random weights."""
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from manifests import manifest, meta, shapes
 from torch import Tensor, nn
 from transformers.models.t5.modeling_t5 import T5Attention
 
@@ -21,7 +20,6 @@ from text_encoders import (
 )
 from text_encoders.t5 import relative_buckets
 
-MANIFESTS = Path(__file__).parents[2] / "shared" / "reference" / "manifests"
 TOLERANCE = 1e-5
 
 TINY_L = CLIPConfig(99, 64, 160, 3, 4, 77, 64, "quick_gelu")
@@ -247,21 +245,14 @@ def test_autograd_reaches_every_weight():
     ],
 )
 def test_presets_are_the_published_models(file, config, model):
-    path = MANIFESTS / f"{file}.json"
-    if not path.is_file():
-        pytest.skip(f"the list of the published tensors is not at {path}")
-    shapes = {name: tuple(shape) for name, shape in json.loads(path.read_text()).items()}
-    with torch.device("meta"):
-        ours = model(config)
-    assert {name: tuple(tensor.shape) for name, tensor in ours.state_dict().items()} == shapes
-    assert type(config).from_shapes(shapes) == config
+    published = shapes(file)
+    ours = meta(model, config)
+    assert {name: tuple(tensor.shape) for name, tensor in ours.state_dict().items()} == published
+    assert type(config).from_shapes(published) == config
 
 
 def test_published_configs():
-    path = MANIFESTS / "configs.json"
-    if not path.is_file():
-        pytest.skip(f"the published configs are not at {path}")
-    configs = json.loads(path.read_text())
+    configs = manifest("configs")
     # The folder of CLIP-L stores the identity as text_projection; the single file stores none.
     assert CLIPConfig.from_json(configs["text_encoder/config.json"]) == replace(CLIP_L, projection_dim=768)
     assert CLIPConfig.from_json(configs["text_encoder_2/config.json"]) == CLIP_G

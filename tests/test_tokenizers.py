@@ -1,4 +1,4 @@
-"""The tokenizers against transformers: the published ones where they are at hand, and small trained ones."""
+"""The tokenizers against transformers: the published ones, and small trained ones."""
 
 import base64
 import io
@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from text_encoders import CLIPTokenizer, T5Tokenizer, TokenizerError
 from text_encoders.tokenizers import read_spiece
 
-PUBLISHED = Path(__file__).parents[2] / "shared" / "data" / "tokenizers"
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 CORPUS = [
@@ -123,20 +122,14 @@ def t5_reference(folder: Path) -> transformers.T5TokenizerFast:
     )
 
 
-def published(name: str) -> Path:
-    if not (PUBLISHED / name).is_dir():
-        pytest.skip(f"the published tokenizer files are not at {PUBLISHED / name}")
-    return PUBLISHED / name
-
-
 @pytest.fixture(scope="module", params=["clip_l", "clip_g", "t5", "trained_clip_l", "trained_clip_g", "trained_t5"])
-def pair(request, tmp_path_factory):
+def pair(request, published_tokenizers, tmp_path_factory):
     """Our tokenizer and transformers' of the same folder."""
     at = tmp_path_factory.mktemp("tokenizers") / "folder"
     folder = {
-        "clip_l": lambda: published("tokenizer"),
-        "clip_g": lambda: published("tokenizer_2"),
-        "t5": lambda: published("tokenizer_3"),
+        "clip_l": lambda: published_tokenizers / "tokenizer",
+        "clip_g": lambda: published_tokenizers / "tokenizer_2",
+        "t5": lambda: published_tokenizers / "tokenizer_3",
         "trained_clip_l": lambda: train_clip(at, END),
         "trained_clip_g": lambda: train_clip(at, "!"),
         "trained_t5": lambda: train_t5(at),
@@ -232,25 +225,25 @@ def test_a_prompt_that_is_no_unicode(pair):
         pair[0](["a \ud800 b"], 9)
 
 
-def test_padding_of_the_published_tokenizers():
+def test_padding_of_the_published_tokenizers(published_tokenizers):
     """CLIP-L pads with its end token, CLIP-G with id 0, which is also what it reads for every "!"."""
-    clip_l = CLIPTokenizer.load(published("tokenizer"))(["wow! ok"]).ids[0].tolist()
-    clip_g = CLIPTokenizer.load(published("tokenizer_2"))(["wow! ok"]).ids[0].tolist()
-    t5 = T5Tokenizer.load(published("tokenizer_3"))(["wow"], 6).ids[0].tolist()
+    clip_l = CLIPTokenizer.load(published_tokenizers / "tokenizer")(["wow! ok"]).ids[0].tolist()
+    clip_g = CLIPTokenizer.load(published_tokenizers / "tokenizer_2")(["wow! ok"]).ids[0].tolist()
+    t5 = T5Tokenizer.load(published_tokenizers / "tokenizer_3")(["wow"], 6).ids[0].tolist()
     assert clip_l == [49406, 2781, 256, 2481] + [49407] * 73
     assert clip_g == [49406, 2781, 0, 2481, 49407] + [0] * 72
     assert t5 == [2275, 210, 1, 0, 0, 0]
 
 
 @pytest.mark.parametrize("name", ["tokenizer_3", "trained"])
-def test_t5_from_either_file(tmp_path, name):
+def test_t5_from_either_file(published_tokenizers, tmp_path, name):
     """A folder with only spiece.model and one with only tokenizer.json give the same ids."""
     both = tmp_path / "both"
     if name == "trained":
         t5_reference(train_t5(both)).save_pretrained(both)
         assert (both / "tokenizer.json").is_file()
     else:
-        shutil.copytree(published(name), both)
+        shutil.copytree(published_tokenizers / name, both)
     folders = []
     for file in ("spiece.model", "tokenizer.json"):
         folder = tmp_path / file.replace(".", "_")
