@@ -1,10 +1,34 @@
-"""What all tests may ask for."""
+"""Options of the tests, and what all of them may ask for.
 
+    pytest          a sample: of long sweeps the same few cases every time, of damaged files 200 of each kind
+    pytest --all    all cases, and 1500 damaged files of each kind
+
+A case that belongs to a long sweep and not to its sample is marked `sweep`.
+"""
+
+import os
 import tarfile
 from pathlib import Path
 
 import pytest
 from manifests import DATA
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="long sweeps as a whole, not a sample of them")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "sweep: one of many like it; runs with --all")
+    if config.getoption("--all"):
+        os.environ.setdefault("FUZZ", "1500")  # see fuzzing
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--all"):
+        left = [item for item in items if item.get_closest_marker("sweep")]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if not item.get_closest_marker("sweep")]
 
 
 @pytest.fixture(scope="session")
