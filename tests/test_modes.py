@@ -10,7 +10,9 @@ from toys import toy_folder
 
 from mmdit import Pipeline, Settings
 
-NEAR = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.05}
+# Measured on CPUs, with AMX and with AVX2 alone: 0, at most 0.0014 and at most 0.0111. A third or so is left for GPUs and
+# other processors. Without T5 a picture is 0.045 off.
+NEAR = {"fp32": 1e-4, "fp16": 0.002, "bf16": 0.015}
 cuda = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
 
 
@@ -36,8 +38,11 @@ def test_it_draws(folder: Path, t5: str, dtype: str, device: str) -> None:
     assert relative_error(trace["latents.2"], exact["latents.2"]) <= NEAR[dtype]
     assert all(tensor.device.type == "cpu" for tensor in trace.values())
     assert torch.equal(trace["noise"], exact["noise"])
+    # What overflows in float16 computes in another format.
+    narrow = dtype == "fp16"
     if pipeline.text.t5 is not None:
-        assert next(pipeline.text.t5.parameters()).dtype != torch.float16
+        assert pipeline.text.t5.shared.weight.dtype == (torch.bfloat16 if narrow else pipeline.dtype)
+    assert pipeline.vae.decoder.conv_in.weight.dtype == (torch.float32 if narrow else pipeline.dtype)
     assert pipeline.transformer.context_embedder.weight.dtype == pipeline.dtype
 
 

@@ -1,5 +1,6 @@
 """The text encoders against transformers on random weights."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -171,15 +172,14 @@ def test_clip_without_projection():
 
 @pytest.mark.parametrize("name", ["l", "g"])
 def test_clip_in_bfloat16(name):
+    """Errors of both against float64 with the same rounded weights."""
     config = CLIPS[name]
-    reference = clip_reference(config)
+    reference = clip_reference(config).bfloat16()
     tokens = clip_tokens(config, 3, 77, pad_with_end=False)
-    exact = clip_result(reference, tokens)
-    ours = our_clip(config, reference).bfloat16()
-    theirs = clip_result(reference.bfloat16(), tokens)
-    for mine, other, truth in zip(ours(tokens), theirs, exact):
+    exact, theirs = clip_result(copy.deepcopy(reference).double(), tokens), clip_result(reference, tokens)
+    for mine, other, truth in zip(our_clip(config, reference)(tokens), theirs, exact):
         assert mine.dtype == torch.bfloat16
-        assert error(mine, truth) <= 1.1 * error(other, truth)
+        assert error(mine, truth) <= 1.01 * error(other, truth)
 
 
 def test_clip_refuses_too_many_tokens():
@@ -202,15 +202,22 @@ def test_t5_as_in_transformers(name, batch):
 
 @pytest.mark.parametrize("name", ["square", "inner is not d_model"])
 def test_t5_in_bfloat16(name):
+    """Errors of both against float64 with the same rounded weights, mean over texts: of one text either may have more.
+
+    Of 8 texts with 154 tokens they were within 3.5 % of each other in each, and within 0.6 % in the mean.
+    """
     config = T5S[name]
-    reference = t5_reference(config)
-    tokens = torch.randint(0, config.vocab_size, (3, 154), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        exact = reference(tokens)[0]
-        ours = our_t5(config, reference).bfloat16()(tokens)
-        theirs = reference.bfloat16()(tokens)[0]
-    assert ours.dtype == torch.bfloat16
-    assert error(ours, exact) <= 1.1 * error(theirs, exact)
+    reference = t5_reference(config).bfloat16()
+    exact, ours = copy.deepcopy(reference).double(), our_t5(config, reference)
+    off = {"ours": 0.0, "theirs": 0.0}
+    for seed in range(4):
+        tokens = torch.randint(0, config.vocab_size, (1, 154), generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            truth = exact(tokens)[0]
+            assert ours(tokens).dtype == torch.bfloat16
+            off["ours"] += error(ours(tokens), truth)
+            off["theirs"] += error(reference(tokens)[0], truth)
+    assert off["ours"] <= 1.03 * off["theirs"], off
 
 
 @pytest.mark.parametrize(("buckets", "distance"), [(32, 128), (16, 40), (64, 256), (8, 20)])
