@@ -1,6 +1,6 @@
 """Noise schedules, guidance and solvers of the flow-matching equation; none of them knows the network."""
 
-from samplers.euler import euler
+from samplers.solvers import euler
 from samplers.flow import (
     NEGATIVE,
     PROMPT,

@@ -173,8 +173,8 @@ class Trace(Watcher):
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        pictures = [self._seen[index] for index in sorted(self._seen)]
-        rows = {name: torch.cat([seen[name] for seen in pictures]).contiguous() for name in pictures[0]}
+        done = [self._seen[index] for index in sorted(self._seen) if "image" in self._seen[index]]
+        rows = {name: torch.cat([seen[name] for seen in done]) for name in (done[0] if done else ())}
         return {"sigmas": self._sigmas, **rows}
 
     def encoded(self, event: Encoded) -> None:

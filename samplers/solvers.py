@@ -1,4 +1,4 @@
-"""Euler's method for the flow d x / d sigma = velocity(x, sigma)."""
+"""Solvers of the flow d x / d sigma = velocity(x, sigma)."""
 
 from itertools import pairwise
 
@@ -9,7 +9,7 @@ from samplers.flow import Point, Solving, Step, solver
 
 @solver()
 def euler(x: Tensor, sigmas: Tensor) -> Solving:
-    """Integrate from noise at `sigmas[0]` to the picture at `sigmas[-1]`, one evaluation a step.
+    """Euler's method: from noise at `sigmas[0]` to the picture at `sigmas[-1]`, one evaluation a step.
 
     Esser et al. 2024 (arXiv 2403.03206), equation 1; Karras et al. 2022 (arXiv 2206.00364), algorithm 1 without its
     correction.
