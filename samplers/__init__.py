@@ -1,6 +1,5 @@
 """Noise schedules, guidance and solvers of the flow-matching equation; none of them knows the network."""
 
-from samplers.solvers import euler
 from samplers.flow import (
     NEGATIVE,
     PROMPT,
@@ -18,6 +17,7 @@ from samplers.flow import (
 )
 from samplers.guidance import classifier_free_guidance, unguided
 from samplers.schedule import shift_sigma, shifted_sigmas
+from samplers.solvers import euler
 
 __all__ = [
     "NEGATIVE",
