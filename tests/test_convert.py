@@ -275,20 +275,6 @@ def test_scales_and_codes() -> None:
         rounded("x", torch.tensor([[1.0, torch.inf]]), FP8)
 
 
-def test_every_tensor_begins_at_a_multiple_of_its_width(toys: Path, tmp_path: Path) -> None:
-    """As safetensors' own writer has it: widest numbers first, else in the order given."""
-    file = convert(toys / "folder", tmp_path / "out", "single-file", "fp8-scaled")
-    raw = file.read_bytes()
-    length = int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8 : 8 + length])
-    width = {"F32": 4, "BF16": 2, "F8_E4M3": 1}
-    places = [(it["data_offsets"][0], width[it["dtype"]]) for name, it in header.items() if name != "__metadata__"]
-    assert {size for _, size in places} == {4, 2, 1}
-    assert [size for _, size in places] == sorted((size for _, size in places), reverse=True)
-    assert all((8 + length + begin) % size == 0 for begin, size in places)
-    assert [begin for begin, _ in places] == sorted(begin for begin, _ in places)
-
-
 def test_names_of_scaled_fp8_are_comfyuis(toys: Path, tmp_path: Path) -> None:
     stored = load_file(convert(toys / "file.safetensors", tmp_path / "out", "single-file", "fp8-scaled"))
     for part in ("transformer", "t5"):

@@ -22,6 +22,7 @@ from vae.autoencoder import SD3_VAE, Autoencoder
 from weights import CheckpointError, Component, fill, open_checkpoint, published
 from weights.header import read_header
 from weights.keymap import TRANSFORMER, VAE, Entry, converted_shape, revert, to_diffusers, to_native
+from weights.write import Item, write_safetensors
 
 PARTS = ("transformer", "vae", "clip_l", "clip_g", "t5")
 
@@ -339,3 +340,24 @@ def test_filling_takes_no_memory_of_its_own(tmp_path: Path) -> None:
     before = own_memory()
     assert float(fill(module, component).weight.sum()) == 0.0
     assert own_memory() - before < 32, "MiB, of a tensor of 128"
+
+
+# ---- writing -------------------------------------------------------------------------------------
+
+
+def test_every_tensor_begins_at_a_multiple_of_its_width(tmp_path: Path) -> None:
+    """As safetensors' own writer has it: widest numbers first, else in the order given."""
+    dtypes = {"F8_E4M3": torch.float8_e4m3fn, "F32": torch.float32, "BF16": torch.bfloat16}
+    tensors = {f"{i} {word}": torch.arange(3 + i).to(dtype) for i in (0, 2) for word, dtype in dtypes.items()}
+    file = tmp_path / "file"
+    write_safetensors(file, [Item(n, t.dtype, tuple(t.shape)) for n, t in tensors.items()], tensors.values())
+    raw = file.read_bytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:start])
+    header.pop("__metadata__")
+    begins = {name: start + entry["data_offsets"][0] for name, entry in header.items()}
+    expected = ["0 F32", "2 F32", "0 BF16", "2 BF16", "0 F8_E4M3", "2 F8_E4M3"]
+    assert sorted(begins, key=lambda name: begins[name]) == expected
+    assert all(begin % tensors[name].itemsize == 0 for name, begin in begins.items())
+    found = load_file(file)
+    assert all(torch.equal(found[name].float(), tensor.float()) for name, tensor in tensors.items())
