@@ -197,3 +197,16 @@ def test_tests_that_are_named_are_there() -> None:
         tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
         functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
         assert function in functions or not function, f"{file}::{function}"
+
+
+def test_the_oldest_packages_of_ci_are_the_oldest_admitted() -> None:
+    """All but torch, which is too large to be fetched for a few tests."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    admitted = dict(line.split(">=") for line in [*project["dependencies"], *extras["gguf"], *extras["hub"]])
+    del admitted["torch"]
+    lines = (ROOT / ".ci" / "oldest.txt").read_text(encoding="utf-8").splitlines()
+    tested = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert tested.keys() == admitted.keys()
+    for name, version in admitted.items():
+        assert tested[name] == version + ".0" * (2 - version.count(".")), name
