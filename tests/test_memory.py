@@ -4,14 +4,13 @@ import re
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from played_gpu import Gpu
 from reference import relative_error
 from torch import Tensor
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -21,12 +20,13 @@ from benchmarks.memory import TARGETS, full_size
 from mmdit.config import SD35_MEDIUM
 from mmdit.driver.pipeline import Pipeline
 from mmdit.errors import SettingsError
-from mmdit.memory import streaming
+from mmdit.memory import paged, streaming
+from mmdit.memory.budget import budget_of
 from mmdit.memory.empty import on_meta
 from mmdit.memory.meter import FusedAttention, Meter, peak_bytes
-from mmdit.memory.plan import Job, Planner, budget_of
+from mmdit.memory.plan import Job
+from mmdit.memory.planner import Planner
 from mmdit.memory.residency import Mode, Network, Residency
-from mmdit.memory.streaming import Paged
 from mmdit.model import MMDiT
 from mmdit.prepared import Prepared
 
@@ -152,7 +152,7 @@ def test_a_stage_is_tried_again_by_the_next_smaller_plan(
         return flow(*args)
 
     monkeypatch.setattr(pipeline.transformer, "flow", scarce)
-    monkeypatch.setattr(streaming, "unlock", lambda: None)
+    monkeypatch.setattr(paged, "unlock", lambda _: None)
     pages = pipeline.residency.networks["transformer"].pages
     pages.memory[("left",)] = torch.empty(1)
     with pytest.warns(UserWarning, match=r"^denoise: memory ran out; trying again with less: "):
@@ -173,33 +173,6 @@ def test_a_transformer_is_called_directly_with_its_table_elsewhere(full: dict[st
     assert full["transformer"].module(*given).shape == (2, 16, 64, 48)
 
 
-class Queue:
-    """Stands for a GPU's queues and events, whose order does not matter where all is done at once."""
-
-    def __init__(self, *_: object) -> None: ...
-
-    def record(self) -> None: ...
-
-    synchronize = record
-
-    def wait_event(self, _: object) -> None: ...
-
-
-class Here:
-    """Stands for torch with a GPU, in the host's memory."""
-
-    cuda: Any = SimpleNamespace(
-        Stream=Queue, Event=Queue, current_stream=lambda _: Queue(), stream=lambda _: nullcontext(), synchronize=Queue
-    )
-    _C: Any = SimpleNamespace(_host_emptyCache=Queue)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
-
-    def empty(self, *size: int, pin_memory: bool = False, **more: Any) -> Tensor:  # noqa: ARG002
-        return torch.empty(*size, **more)
-
-
 @pytest.mark.parametrize("quantise", ["none", "fp8"])
 def test_places_and_pages_of_a_gpu_hold_the_right_weights(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, quantise: str
@@ -208,8 +181,8 @@ def test_places_and_pages_of_a_gpu_hold_the_right_weights(
     pipeline = Pipeline.load(folders["bf16"], dtype="bf16", device="cpu", quantise=quantise)
     expected = drawn(pipeline)
     monkeypatch.setattr(Network, "lies", lambda *_: False)  # nothing is used where it lies in the file
-    monkeypatch.setattr(streaming, "torch", Here())
-    monkeypatch.setattr(streaming, "carrier", Paged)
+    gpu = Gpu()
+    gpu.play(monkeypatch)
     plan = replace(pipeline.plan, modes=RUNGS[-1])
     pipeline.plan_for = lambda _: plan
     assert equal(drawn(pipeline), expected)
@@ -218,6 +191,7 @@ def test_places_and_pages_of_a_gpu_hold_the_right_weights(
         drawn(pipeline)
     hook.remove()
     assert equal(drawn(pipeline), expected)
+    assert len(gpu.places) > 0 and not gpu.harm
 
 
 # ---- predictions ---------------------------------------------------------------------------------

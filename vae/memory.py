@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 
 from vae.autoencoder import VAEConfig
-from vae.strips import CACHED, LAUNCHED, strips
+from vae.maps import largest_map, strips
+from vae.strips import CACHED, LAUNCHED
 
 
 class Peak(NamedTuple):
@@ -43,6 +44,12 @@ def rows_for(
     """The largest `rows` whose peak is within `budget` bytes: h where the plain path fits; None where nothing does."""
     fitting = (r for r in range(h, 0, -1) if decode_peak(config, h, w, r, dtype, store_apart) <= budget)
     return next(fitting, None)
+
+
+def locked_places(config: VAEConfig, h: int, w: int) -> tuple[int, int]:
+    """How many places of the host's memory a decode in strips page-locks, and the numbers that each is made for."""
+    widens = any(layer.after > layer.before for layer in _layers(config))  # a sum does not fit into the input's place
+    return 3 if widens else 2, largest_map(config, h, w)
 
 
 def peak(config: VAEConfig, h: int, w: int, rows: int | None, dtype: torch.dtype, gpu: bool = False) -> Peak:

@@ -14,7 +14,8 @@ from tqdm import tqdm
 from mmdit.attention import attention_by
 from mmdit.driver.settings import Settings, interval_of
 from mmdit.errors import SettingsError
-from mmdit.memory.plan import DeviceMemoryError, Job, Plan, budget_of
+from mmdit.memory.budget import DeviceMemoryError, budget_of
+from mmdit.memory.plan import Job, Plan
 from mmdit.memory.residency import Mode
 from samplers import Step, euler, shifted_sigmas
 from text_encoders import Conditioning

@@ -25,7 +25,9 @@ from mmdit.driver.settings import LOADED, Settings, alone, interval_of, settings
 from mmdit.errors import SettingsError
 from mmdit.kernels.compiled import compile_model
 from mmdit.kernels.onednn import by_onednn
-from mmdit.memory.plan import DeviceMemoryError, Job, Plan, Planner, budget_of, memory_errors
+from mmdit.memory.budget import DeviceMemoryError, budget_of, memory_errors
+from mmdit.memory.plan import Job, Plan
+from mmdit.memory.planner import Planner
 from mmdit.memory.residency import Residency
 from mmdit.model import MMDiT
 from mmdit.prepared import Prepared
