@@ -80,7 +80,8 @@ def test_a_system_without_groups(files: Files) -> None:
     assert budget_of("auto", CPU) == int(0.9 * (4000 * MB + 100 * 1024))
 
 
-def test_a_mac(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("files")
+def test_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
     """The pages that are free and those that can be had without writing anything."""
     told = (
         "Mach Virtual Memory Statistics: (page size of 16384 bytes)\nPages free:            1000.\n"
