@@ -9,8 +9,8 @@ import torch
 from played_gpu import Gpu
 from torch import Tensor, nn
 
-from mmdit.memory import paged, streaming
-from mmdit.memory.paged import Pages
+from mmdit.memory import devices, paged, streaming
+from mmdit.memory.paged import Paged, Pages
 
 
 def test_a_stream_begins_anew_after_a_break() -> None:
@@ -74,9 +74,9 @@ class Layers:
     def bind(self, name: str, tensor: Tensor | None) -> None:
         self.net.get_submodule(name.split(".")[0])._parameters["weight"] = tensor  # type: ignore[assignment]
 
-    def stream(self, rounds: bool, pages: Pages | None = None) -> streaming.Stream:
-        here: Any = torch.device("cuda", 1)
-        return streaming.Stream(self.units, self, self.bind, here, rounds, pages)  # type: ignore[arg-type]
+    def stream(self, rounds: bool, pages: Pages | None = None, device: Any = None) -> streaming.Stream:
+        source: Any = self
+        return streaming.Stream(self.units, source, self.bind, device or GPU, rounds, pages)
 
     def outputs(self, x: Tensor) -> list[Tensor]:
         return [layer(x) for layer in self.net]
@@ -172,4 +172,35 @@ def test_a_break_with_places_that_are_refilled(monkeypatch: pytest.MonkeyPatch, 
         layers.net[0](x)
     layers.net[1](x)
     assert all(map(torch.equal, layers.outputs(x), expected))
+    stream.close()
+
+
+# ---- a GPU ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("late", ["copies", "computing"])
+@pytest.mark.parametrize("room", [True, False])
+def test_queues_of_a_gpu_wait_for_each_other(monkeypatch: pytest.MonkeyPatch, late: str, room: bool) -> None:
+    """Three rounds, one of the queues far behind the other: without a wait, weights are not there, or no longer."""
+    device, layers, cycles = torch.device("cuda", torch.cuda.current_device()), Layers(monkeypatch), 50_000_000
+    monkeypatch.setattr(devices, "available_bytes", lambda: None if room else 0)
+    filled = Paged._filled
+
+    def slow(carrier: Paged, unit: int, place: int) -> Tensor:
+        memory = filled(carrier, unit, place)
+        with torch.cuda.stream(carrier._copies):
+            torch.cuda._sleep(cycles)
+        return memory
+
+    x = torch.randn(2, 8, device=device)
+    expected = [torch.nn.functional.linear(x, weight.to(device)) for weight in layers.stored.values()]
+    stream = layers.stream(rounds=True, device=device)
+    if late == "copies":
+        monkeypatch.setattr(Paged, "_filled", slow)
+    else:  # after the stream's own hooks, before the layer
+        for layer in layers.net:
+            layer.register_forward_pre_hook(lambda *_: torch.cuda._sleep(cycles))
+    for _ in range(3):
+        assert all(map(torch.equal, layers.outputs(x), expected))
     stream.close()
