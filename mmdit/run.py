@@ -109,7 +109,8 @@ def draw_list(settings: Settings) -> None:
     base = replace(settings, prompts=None)
     lines = read_prompts(settings.prompts, base)
     from mmdit.driver.loading import load_parts
-    from mmdit.driver.pipeline import USER_ERRORS, Drawing, Pipeline
+    from mmdit.driver.loop import Drawing
+    from mmdit.driver.pipeline import USER_ERRORS, Pipeline
 
     seconds = {"import": time.perf_counter() - start}
     try:
@@ -129,7 +130,7 @@ def draw_list(settings: Settings) -> None:
             for folder in {path.parent for path in paths}:
                 sweep(folder)
             with Saver(lambda path: tqdm.write(str(path))) as save:
-                for i, image in Drawing(pipeline, pictures, seconds):
+                for i, image in Drawing(pipeline, pictures, seconds=seconds):
                     save(image, replace(pictures[i], **pipeline.actual), paths[i])
             seconds["save"] = save.waited
     except USER_ERRORS as error:

@@ -1,7 +1,41 @@
 """Noise schedules, guidance and solvers of the flow-matching equation; none of them knows the network."""
 
-from samplers.euler import Step, euler
-from samplers.guidance import classifier_free_guidance
+from samplers.flow import (
+    NEGATIVE,
+    PROMPT,
+    Evaluation,
+    Guidance,
+    Guiding,
+    Point,
+    Solver,
+    Solving,
+    Step,
+    Velocity,
+    drawing,
+    guided,
+    solver,
+)
+from samplers.guidance import classifier_free_guidance, unguided
 from samplers.schedule import shift_sigma, shifted_sigmas
+from samplers.solvers import euler
 
-__all__ = ["Step", "classifier_free_guidance", "euler", "shift_sigma", "shifted_sigmas"]
+__all__ = [
+    "NEGATIVE",
+    "PROMPT",
+    "Evaluation",
+    "Guidance",
+    "Guiding",
+    "Point",
+    "Solver",
+    "Solving",
+    "Step",
+    "Velocity",
+    "classifier_free_guidance",
+    "drawing",
+    "euler",
+    "guided",
+    "shift_sigma",
+    "shifted_sigmas",
+    "solver",
+    "unguided",
+]

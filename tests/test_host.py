@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from mmdit.errors import SettingsError
 from mmdit.memory import devices, host
 from mmdit.memory.budget import budget_of
 from mmdit.memory.devices import free_bytes, give_back, indexed, lockable_bytes, taken_bytes
@@ -97,6 +98,23 @@ def test_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(subprocess, "run", missing)
     assert host.available_bytes() is None
+
+
+# ---- budgets --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("4GB", 4 * 10**9), ("1.5GiB", 3 * 2**29), ("900 mb", 9 * 10**8), ("512M", 512 * 10**6), (".5T", 5 * 10**11)],
+)
+def test_budgets(text: str, count: int) -> None:
+    assert budget_of(text, CPU) == count
+
+
+@pytest.mark.parametrize("text", ["", "4", "GB", "-4GB", "4 apples", "1e3MB", "nanGB"])
+def test_what_is_no_budget(text: str) -> None:
+    with pytest.raises(SettingsError, match=r"^memory is .*: expected a size such as 4GB or 900MB, or auto$"):
+        budget_of(text, CPU)
 
 
 # ---- containers ----------------------------------------------------------------------------------

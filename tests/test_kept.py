@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from played_gpu import Gpu
-from test_memory import RUNGS, drawn, equal, full, measured  # noqa: F401
+from test_memory import RUNGS, drawn, equal, full  # noqa: F401
+from test_plans import measured
 from torch import Tensor
 from toys import toy_folder
 

@@ -78,8 +78,8 @@ class Activations:
 
         def measure() -> int:
             model = network.change(on_meta(type(network.module), short, self._dtype))
-            with attention_by(job.attention):
-                return peak_bytes(self._step, model, job, batch)
+            attention_by(model, job.attention)
+            return peak_bytes(self._step, model, job, batch)
 
         key = (name, job.rows, job.columns, job.texts, batch, job.apart, self._context(job), job.attention)
         return self._once(key, measure)
@@ -90,9 +90,9 @@ class Activations:
         texts, each = (job.texts * batch, 1) if job.apart else (job.texts, batch)
         context = torch.empty(texts, self._context(job), config.context_size, dtype=self._dtype, device="meta")
         pooled = torch.empty(texts, config.pooled_size, dtype=self._dtype, device="meta")
-        velocity = Prepared(model, context, pooled, each)
         latents = torch.empty(batch, config.in_channels, job.rows, job.columns, device="meta")
-        return velocity(torch.cat([latents] * job.texts).to(self._dtype), torch.tensor(1.0)).float()
+        rows = [text for text in range(texts) for _ in range(each)]
+        return Prepared(model, context, pooled)(torch.cat([latents] * job.texts).to(self._dtype), 1.0, rows).float()
 
     def denoising_bound(self, name: str, job: Job, batch: int) -> int:
         """Bytes that `denoising` does not exceed."""

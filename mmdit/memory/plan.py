@@ -22,8 +22,9 @@ class Job(NamedTuple):
     texts: int  # for each picture: 2 with guidance, else 1
     t5_length: int  # tokens
     apart: bool = False  # whether each picture has texts of its own, else all have the same
-    waiting: int = 0  # bytes of the host's memory for texts that are encoded and wait
     attention: str = "auto"  # who computes it, as in `mmdit.attention`
+    memory: str = "auto"  # the budget, as a user gives it
+    waiting: int = 0  # bytes of the host's memory for texts that are encoded and wait
 
 
 class Bytes(NamedTuple):
