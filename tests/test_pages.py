@@ -307,6 +307,23 @@ def test_page_locking_that_fails_at_the_fourth_block(visited: Visited) -> None:
     assert visited.visit() == []
 
 
+@pytest.mark.parametrize("device", [torch.device("cuda", 1), torch.device("cpu")])
+def test_strips_give_their_memory_back(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And all that is page-locked and not in use, when nothing is to be computed for now; wherever the networks are."""
+    with torch.device("meta"):
+        module = nn.ModuleDict({"encoder": nn.Linear(1, 1, bias=False), "decoder": nn.Linear(1, 1, bias=False)})
+    file: Any = File({name: torch.ones(1, 1) for name in module.state_dict()})
+    host, kept = Gpu(), Network("vae", module, Source(module, file), device)
+    host.play(monkeypatch)
+    kept.here = True  # for good
+    host.empty(1000, pin_memory=True)  # which is cached as soon as nobody has it
+    residency = Residency({"vae": kept})
+    residency.use("vae")
+    assert host.taken == 1024
+    residency.use(None)
+    assert host.taken == (0 if device.type == "cuda" else 1024)
+
+
 def test_without_what_empties_the_cache(visited: Visited) -> None:
     """Older PyTorch has no name for it; a GPU that has failed has an error."""
 

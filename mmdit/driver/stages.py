@@ -228,9 +228,8 @@ class Stages:
             self.residency.use("vae")
             latents = latents.to(self.device, part_dtype("vae", self.dtype))
             rows = self.plan.strip or latents.shape[2]
-            pictures = decode_in_strips(
-                self.vae, latents, rows, "cpu", pin=self.plan.locked > 0
-            ).float()  # (B, 3, H, W)
+            pin = self.plan.locked > 0
+            pictures = decode_in_strips(self.vae, latents, rows, "cpu", pin).float()  # (B, 3, H, W)
         self.check_finite(pictures, "the decoded picture")
         return ((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
