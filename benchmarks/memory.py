@@ -29,7 +29,8 @@ from mmdit.config import SD35_MEDIUM
 from mmdit.driver.loading import MODULES
 from mmdit.memory.empty import on_meta
 from mmdit.memory.host import own_bytes
-from mmdit.memory.plan import Job, Plan, Planner
+from mmdit.memory.plan import Job, Plan
+from mmdit.memory.planner import Planner
 from mmdit.memory.residency import Network
 from text_encoders import CLIP_G, CLIP_L, T5_XXL
 from vae import SD3_VAE

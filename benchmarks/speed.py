@@ -29,9 +29,10 @@ from benchmarks.parts import parts
 from mmdit import Pipeline
 from mmdit.attention import attention_by
 from mmdit.driver.loading import DTYPES
+from mmdit.memory.devices import trim
+from mmdit.memory.empty import on_meta
 from mmdit.memory.host import own_bytes
-from mmdit.memory.plan import on_meta, told
-from mmdit.memory.streaming import give_back
+from mmdit.memory.plan import told
 from mmdit.model import MMDiT
 
 STAGES = ("start", "encode", "step", "decode", "whole")
@@ -104,7 +105,7 @@ class Table:
             before = torch.cuda.memory_allocated()
             run()
             return torch.cuda.max_memory_allocated() - before
-        give_back()
+        trim()
         before, seen, done = own_bytes(), [0], Event()
 
         def watch() -> None:
@@ -188,7 +189,8 @@ def step(table: Table, pipe: Pipeline, others: dict[str, peers.Maker], size: int
     runs[PRODUCT], large = product(pipe.device, pipe.dtype)
     seconds = table.measure("step", f"{size}x{size}, {batch} pictures", runs, work=batch * size**2)
     count, rate = operations(pipe, size, batch, tokens), large / seconds[PRODUCT]
-    peak = told(pipe.planner.denoising(pipe.job(settings_of(pipe, size, batch)), batch))
+    job = pipe.job(settings_of(pipe, size, batch))
+    peak = told(pipe.planner.costs.activations.denoising("transformer", job, batch))
     print(
         f"| step | roofline: {count / 1e12:.2f} TFLOP at {rate / 1e12:.2f} TFLOP/s | {count / rate:.3f} s | "
         f"attained {count / rate / seconds['ours']:.0%} | | {ATTAINED[0 if table.cuda else 1]:.0%} |\n"

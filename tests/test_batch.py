@@ -21,7 +21,8 @@ from mmdit.driver.pipeline import Pipeline
 from mmdit.driver.settings import Settings
 from mmdit.errors import SettingsError
 from mmdit.memory.meter import FusedAttention, Meter
-from mmdit.memory.plan import Job, Planner
+from mmdit.memory.plan import Job
+from mmdit.memory.planner import Planner
 from mmdit.memory.residency import Mode, Network, Residency
 from mmdit.prepared import Prepared
 

@@ -1,8 +1,12 @@
 """The same velocity by compiled code, by oneDNN's functions and by both, whatever becomes of the weights meanwhile."""
 
 import copy
+import re
+import shutil
+import sysconfig
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,8 @@ from benchmarks.random_checkpoint import write_checkpoint
 from mmdit import Pipeline, Settings
 from mmdit.attention import attention_by
 from mmdit.config import TOY
+from mmdit.errors import SettingsError
+from mmdit.kernels import compiled
 from mmdit.kernels.compiled import compile_blocks, compile_norms, lacking
 from mmdit.kernels.onednn import by_onednn
 from mmdit.model import MMDiT
@@ -158,9 +164,94 @@ def test_compilation_without_a_compiler_is_refused(folder: Path, monkeypatch: py
         ValueError, match=r"^compile cannot be used: it needs a C\+\+ compiler, and there is no no-such"
     ):
         Pipeline.load(folder, device="cpu", compile=True)
-    monkeypatch.setattr("mmdit.kernels.compiled.find_spec", lambda _: None)
-    assert lacking(torch.device("cuda")) == "it needs the package triton"
     assert lacking(torch.device("mps")) == "there is no compiler for mps"
+
+
+def test_what_compiling_for_a_gpu_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Triton, a C compiler and Python's headers, each told before anything is done."""
+    gpu, there = torch.device("cuda"), {"clang"}
+    monkeypatch.setattr(compiled, "find_spec", lambda _: None)
+    assert lacking(gpu) == "it needs the package triton"
+    monkeypatch.setattr(compiled, "find_spec", lambda _: "there")
+    monkeypatch.setattr(shutil, "which", lambda name: name if name in there else None)
+    monkeypatch.setattr(sysconfig, "get_path", lambda *_: str(tmp_path / "include"))
+    for name in ("CC", "CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    told = "it needs Python's headers (Debian and Ubuntu have them in python3-dev), and there is no Python.h"
+    assert lacking(gpu) == told
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "Python.h").touch()
+    monkeypatch.setenv("CPATH", f"{tmp_path}:{tmp_path / 'own'}")
+    assert lacking(gpu) is None
+    there.clear()
+    assert lacking(gpu) == "it needs a C compiler, and there is no gcc or clang"
+    monkeypatch.setenv("CC", "mycc")
+    assert lacking(gpu) == "it needs a C compiler, and there is no mycc"
+    monkeypatch.delenv("CPATH")
+    monkeypatch.setenv("CXX", "mycc")
+    there.add("mycc")
+    assert lacking(gpu) == lacking(CPU) == told
+
+
+@pytest.mark.parametrize("way", [compile_blocks, compile_norms])
+def test_a_compiler_that_fails_is_told_on_one_line(way: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the first error that it has to tell, as PyTorch's compiler for CPUs gives it."""
+
+    def fails(*_: object) -> None:
+        from torch._inductor.exc import CppCompileError
+
+        raise CppCompileError(["cc", "a.cpp"], "In file included from x\ncc: error: disk full\ncc: error: again\n")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=fails))
+    compiled._compiled.cache_clear()
+    model = copy.deepcopy(transformers(PLAIN)[0])
+    way(model)
+    words = "compile: the compiler failed: cc: error: disk full; without --compile none is needed"
+    with pytest.raises(SettingsError, match=f"^{re.escape(words)}$"):
+        model(*draw(PLAIN, 2, 2, 9, (0.5,)))
+    compiled._compiled.cache_clear()
+
+
+def test_other_errors_of_compiled_blocks_are_their_own() -> None:
+    """Memory that runs out, which a stage deals with, and mistakes."""
+
+    def runs_out(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def backend(*_: object) -> Any:
+        return runs_out
+
+    for found in (runs_out, backend):
+        torch._dynamo.reset()
+        model = copy.deepcopy(transformers(PLAIN)[0])
+        compile_blocks(model, backend=found)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            model(*draw(PLAIN, 2, 2, 9, (0.5,)))
+
+
+@torch.no_grad()
+def test_hooks_of_compiled_blocks_are_heard() -> None:
+    """Put on after the first call, and taken off again: they see what those of a plain model see."""
+    plain, _ = transformers(DEEP)
+    model, inputs = copy.deepcopy(plain), draw(DEEP, 10, 6, 77, (0.5,))
+    compile_blocks(model, backend="eager")
+    model(*inputs)
+    seen: dict[MMDiT, list[Tensor]] = {plain: [], model: []}
+    handles = [
+        which.joint_blocks[3].x_block.attn.ln_q.register_forward_hook(
+            lambda _, __, q, which=which: seen[which].append(q)
+        )
+        for which in seen
+    ]
+    for which in seen:
+        which(*inputs)
+        which(*inputs)
+    assert [len(queries) for queries in seen.values()] == [2, 2]
+    assert relative_error(seen[model][1], seen[plain][1]) <= 1e-6
+    for handle in handles:
+        handle.remove()
+    model(*inputs)
+    assert len(seen[model]) == 2
 
 
 def test_what_is_missing_is_refused_before_anything_is_read() -> None:

@@ -16,7 +16,8 @@ from mmdit.driver.pipeline import NotFiniteError, Pipeline
 from mmdit.driver.settings import Settings
 from mmdit.driver.watch import Finite, Stepped
 from mmdit.kernels.compiled import compile_blocks
-from mmdit.memory.plan import DeviceMemoryError, Planner, budget_of, memory_errors
+from mmdit.memory.budget import DeviceMemoryError, budget_of, memory_errors
+from mmdit.memory.planner import Planner
 from mmdit.memory.residency import Mode, Network
 from samplers import Step
 
@@ -65,13 +66,13 @@ def test_what_others_of_the_process_have_on_a_gpu_is_not_planned_with(monkeypatc
     taken = 5000
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: taken)
     planner = Planner({"vae": network}, CUDA, torch.bfloat16)
-    assert planner._beside() == 40_000_000 + 5000
+    assert planner.costs.beside() == 40_000_000 + 5000
     network.here, taken = True, own + 700
-    assert planner._beside() == 40_000_000 + 700
+    assert planner.costs.beside() == 40_000_000 + 700
     planner.plans = lambda *_: iter(())  # type: ignore[method-assign]
     with pytest.raises(AssertionError):
         planner.plan(None, 10**9)  # type: ignore[arg-type]
-    assert planner._own == 40_000_000 + 700
+    assert planner._beside == 40_000_000 + 700
 
 
 def test_only_a_cpu_is_asked_for_its_matrix_instructions(monkeypatch: pytest.MonkeyPatch) -> None:

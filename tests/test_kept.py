@@ -7,17 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from test_memory import RUNGS, Here, drawn, equal, full, measured  # noqa: F401
+from played_gpu import Gpu
+from test_memory import RUNGS, drawn, equal, full  # noqa: F401
+from test_plans import measured
 from torch import Tensor
 from toys import toy_folder
 
 from benchmarks import memory, random_checkpoint
 from mmdit.config import SD35_MEDIUM, TOY
 from mmdit.driver.pipeline import Pipeline
-from mmdit.memory import streaming
-from mmdit.memory.plan import Job, Planner
+from mmdit.memory import devices
+from mmdit.memory.plan import Job
+from mmdit.memory.planner import Planner
 from mmdit.memory.residency import Mode, Network, spread
-from mmdit.memory.streaming import Paged, Unit
+from mmdit.memory.streaming import Unit
 from weights import Source
 
 JOB = Job(8, 12, 1, 3, 2, 20)
@@ -219,7 +222,7 @@ def test_as_many_are_kept_as_fit(full: dict[str, Network], gb: float) -> None:  
     assert plan.peak <= budget
     one, none = (planner.predict(STREAMED, job, 1, budget, kept=kept) for kept in (plan.kept + 1, 0))
     assert one.peaks["denoise"] > budget
-    assert none == replace(plan, kept=0, peaks={**plan.peaks, "denoise": none.peaks["denoise"]})
+    assert none == replace(plan, kept=0, stages={**plan.stages, "denoise": none.stages["denoise"]})
     assert f"transformer comes block by block, {plan.kept} of 24 blocks stay; " in str(plan)
 
 
@@ -257,7 +260,7 @@ def test_no_stage_takes_more_after_memory_ran_out_in_one(full: dict[str, Network
     """Of four pictures of 1024x1024; blocks that stayed still do where it was not the loop that took too much."""
     planner, job = Planner(full, torch.device("meta"), torch.bfloat16), Job(128, 128, 4, 28, 2, 256)
     plan = planner.plan(job, int(gb * 1e9))
-    stayed = planner.staying(plan.modes)
+    stayed = planner.costs.staying(plan.modes)
     if stage == "loading" and not stayed:
         return
     less = planner.smaller(job, plan, stage)
@@ -269,7 +272,7 @@ def test_no_stage_takes_more_after_memory_ran_out_in_one(full: dict[str, Network
     if stage in ("encode", "decode") and less.modes == plan.modes:
         assert (less.kept, less.batch) == (plan.kept, plan.batch)
     if stage == "loading":
-        assert planner.staying(less.modes) < stayed
+        assert planner.costs.staying(less.modes) < stayed
 
 
 @pytest.mark.parametrize("gb", [9.0, 20.0])
@@ -277,13 +280,13 @@ def test_what_could_not_be_loaded_is_not_to_stay_later(full: dict[str, Network],
     """At 2048x2048, where a decode takes more than all weights that would stay."""
     planner, job = Planner(full, torch.device("meta"), torch.bfloat16), Job(256, 256, 1, 28, 2, 256)
     plan = planner.plan(job, int(gb * 1e9))
-    stayed = planner.staying(plan.modes)
+    stayed = planner.costs.staying(plan.modes)
     assert stayed > 4e9
     assert planner.smaller(job, plan, "loading") is not None
     plan = planner.plan(job, int(gb * 1e9))
     for stage in ("encode", "denoise", "decode"):
         less = planner.smaller(job, plan, stage)
-        assert less is None or planner.staying(less.modes) < stayed
+        assert less is None or planner.costs.staying(less.modes) < stayed
 
 
 def test_on_a_cpu_only_what_is_converted(folder: Path) -> None:
@@ -296,7 +299,7 @@ def test_on_a_cpu_only_what_is_converted(folder: Path) -> None:
     assert (plan.blocks, plan.peaks["denoise"] <= most) == (DEPTH, True)
     assert 0 < plan.kept < DEPTH - 1
     assert planner.keeping(STREAMED, job, 1, most, none.peaks["denoise"] - 1).kept == 0
-    own, planner._own = planner._own, 0  # of the process, beside which the toy's blocks are nothing
+    own, planner._beside = planner._beside, 0  # of the process, beside which the toy's blocks are nothing
     last = list(planner.plans(job, most - own))[-1]
     assert last.kept > 0 and last.peaks["denoise"] <= 0.95 * (most - own)  # the C library keeps a little
     for unit in network.blocks[:3]:  # as adapters put their own weights in the places of the file's
@@ -311,28 +314,20 @@ def test_on_a_cpu_only_what_is_converted(folder: Path) -> None:
 
 def test_page_locked_memory_is_for_those_that_come(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The carrier of a GPU on the host's memory: three of seven kept, memory for each of four; the same picture."""
-    locked: list[int] = []
-
-    class Counted(Here):
-        def empty(self, *size: int, pin_memory: bool = False, **more: Any) -> Tensor:
-            if pin_memory:
-                locked.extend(size)
-            return super().empty(*size, **more)
-
     pipeline = Pipeline.load(folder, dtype="bf16", device="cpu")
     expected = drawn(pipeline)
-    monkeypatch.setattr(streaming, "torch", Counted())
-    monkeypatch.setattr(streaming, "carrier", Paged)
-    monkeypatch.setattr(streaming, "available_bytes", lambda: None)
+    gpu = Gpu()
+    gpu.play(monkeypatch)
+    monkeypatch.setattr(devices, "available_bytes", lambda: None)
     streamed(pipeline, 3)
     assert equal(drawn(pipeline), expected)
     network = pipeline.residency.networks["transformer"]
     size = {unit: sum(-(-network.source.nbytes(n) // 256) * 256 for n in unit.names) for unit in network.blocks}
     going: list[Unit] = [network.blocks[i] for i in (0, 1, 3, 5)]
     asked = [size[unit] for unit in going]
-    assert [locked[i : i + 4] for i in range(len(locked))].count(asked) == 1
+    assert [gpu.asked[i : i + 4] for i in range(len(gpu.asked))].count(asked) == 1
     reads, read = Counter[str](), Source.__call__
     monkeypatch.setattr(Source, "__call__", lambda self, name: reads.update([name]) or read(self, name))
     assert equal(drawn(pipeline), expected)
-    assert [locked[i : i + 4] for i in range(len(locked))].count(asked) == 1
+    assert [gpu.asked[i : i + 4] for i in range(len(gpu.asked))].count(asked) == 1
     assert not any(reads[name] for unit in going for name in unit.names)

@@ -1,6 +1,5 @@
 """Page-locked memory of a network's blocks, from one visit of the device to the next."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Event as Gate
@@ -9,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from test_memory import Queue
-from test_streaming import SLOW, Host
+from played_gpu import Gpu
+from test_streaming import SLOW
 from torch import Tensor, nn
 
-from mmdit.memory import host as system
-from mmdit.memory import streaming
-from mmdit.memory.plan import free_bytes
+from mmdit.memory import devices, paged
+from mmdit.memory.devices import locked_bytes
+from mmdit.memory.paged import Paged, Pages
 from mmdit.memory.residency import Mode, Network, Residency
-from mmdit.memory.streaming import Paged, Pages, Stream, locked_bytes
+from mmdit.memory.streaming import Stream
 from weights import Source
 
 WIDTH = 8
@@ -66,41 +65,29 @@ class File:
         return False
 
 
-class Copies(Queue):
-    """Stands for the queue of copies: whether some may be on their way."""
-
-    made: list["Copies"] = []  # noqa: RUF012
-
-    def __init__(self, *_: object) -> None:
-        self.pending = False
-        self.made.append(self)
-
-    def wait_event(self, _: object) -> None:
-        self.pending = True
-
-    def synchronize(self) -> None:
-        self.pending = False
-
-
 class Watched(Pages):
     """Pages that are given back and overwritten only when no copy out of them is on its way."""
 
+    def __init__(self, gpu: Gpu) -> None:
+        super().__init__(torch.device("cpu"))
+        self.gpu = gpu
+
     def release(self) -> None:
-        assert not any(copies.pending for copies in Copies.made)
+        assert self.gpu.copied()
         super().release()
 
 
 class Visited:
     """A network whose blocks come and go in rounds, through page-locked memory, and its file."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Gpu) -> None:
         self.host = host
         self.plain = Blocks().requires_grad_(False)
         self.file: Any = File({name: tensor.clone() for name, tensor in self.plain.state_dict().items()})
         with torch.device("meta"):
             module = Blocks()
         self.network = Network("transformer", module, Source(module, self.file), torch.device("cpu"))
-        self.network.pages = Watched()
+        self.network.pages = Watched(host)
         self.residency = Residency({"transformer": self.network})
         self.arrange(Mode.STREAMED)
         self.x = torch.randn(2, WIDTH)
@@ -129,18 +116,16 @@ class Visited:
 
 @pytest.fixture
 def visited(monkeypatch: pytest.MonkeyPatch) -> Iterator[Visited]:
-    host = Host(10**9)
-    host.cuda.Stream, host.cuda.Event = Copies, Queue
-    Copies.made.clear()
-    monkeypatch.setattr(streaming, "torch", host)
-    monkeypatch.setattr(streaming, "carrier", Paged)
-    monkeypatch.setattr(streaming, "available_bytes", lambda: None)
+    host = Gpu(10**9)
+    host.play(monkeypatch)
+    monkeypatch.setattr(devices, "available_bytes", lambda: None)
     monkeypatch.setattr(Network, "lies", lambda *_: False)  # nothing is used where it lies in the file
-    streaming.tell_slow.cache_clear()
+    paged.tell_slow.cache_clear()
     found = Visited(host)
     yield found
     found.residency.use(None)
-    streaming.tell_slow.cache_clear()
+    paged.tell_slow.cache_clear()
+    assert not host.harm
 
 
 # ---- from visit to visit -------------------------------------------------------------------------
@@ -248,7 +233,7 @@ def test_a_block_that_was_read_in_part_is_read_again(visited: Visited) -> None:
 
 def test_one_carrier_at_a_time(visited: Visited) -> None:
     """Until the first is closed; what it took is not dropped meanwhile."""
-    here, pages, units = torch.device("cpu"), Watched(), visited.network.blocks
+    here, pages, units = torch.device("cpu"), Watched(visited.host), visited.network.blocks
     source, names = visited.network.source, [unit.names for unit in units]
     first = Paged(names, source, here, pages)
     with pytest.raises(AssertionError, match="two carriers"):
@@ -262,7 +247,7 @@ def test_one_carrier_at_a_time(visited: Visited) -> None:
 def test_other_blocks_than_before(visited: Visited) -> None:
     """They get memory of their own, and what was there for others goes first."""
     host, names = visited.host, [unit.names for unit in visited.network.blocks]
-    pages = Pages()
+    pages = Pages(torch.device("cpu"))
     assert pages.hold(dict.fromkeys(names[:3], EACH))
     pages.read.update(names[:3])
     assert pages.hold(dict.fromkeys(names[2::-1], EACH))
@@ -289,7 +274,7 @@ def test_half_of_what_is_free_and_no_more(
     visited: Visited, monkeypatch: pytest.MonkeyPatch, free: int | None, fits: bool
 ) -> None:
     """Where all blocks would take more there are two places from the start, and nobody is warned."""
-    monkeypatch.setattr(streaming, "available_bytes", lambda: free)
+    monkeypatch.setattr(devices, "available_bytes", lambda: free)
     visited.visit()
     assert visited.host.asked == [EACH] * (5 if fits else 2)
     assert visited.host.cached == [TAKEN] * (0 if fits else 2)  # places are not kept from visit to visit
@@ -303,7 +288,7 @@ def test_what_others_left_page_locked_goes_back_before_it_is_seen_how_much_is_fr
     host = visited.host
     host.taken += 2**20
     host.cached.append(2**20)
-    monkeypatch.setattr(streaming, "available_bytes", lambda: 10 * TAKEN - host.taken)
+    monkeypatch.setattr(devices, "available_bytes", lambda: 10 * TAKEN - host.taken)
     visited.visit()
     assert host.asked == [EACH] * 5
 
@@ -322,6 +307,23 @@ def test_page_locking_that_fails_at_the_fourth_block(visited: Visited) -> None:
     assert visited.visit() == []
 
 
+@pytest.mark.parametrize("device", [torch.device("cuda", 1), torch.device("cpu")])
+def test_strips_give_their_memory_back(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And all that is page-locked and not in use, when nothing is to be computed for now; wherever the networks are."""
+    with torch.device("meta"):
+        module = nn.ModuleDict({"encoder": nn.Linear(1, 1, bias=False), "decoder": nn.Linear(1, 1, bias=False)})
+    file: Any = File({name: torch.ones(1, 1) for name in module.state_dict()})
+    host, kept = Gpu(), Network("vae", module, Source(module, file), device)
+    host.play(monkeypatch)
+    kept.here = True  # for good
+    host.empty(1000, pin_memory=True)  # which is cached as soon as nobody has it
+    residency = Residency({"vae": kept})
+    residency.use("vae")
+    assert host.taken == 1024
+    residency.use(None)
+    assert host.taken == (0 if device.type == "cuda" else 1024)
+
+
 def test_without_what_empties_the_cache(visited: Visited) -> None:
     """Older PyTorch has no name for it; a GPU that has failed has an error."""
 
@@ -333,14 +335,3 @@ def test_without_what_empties_the_cache(visited: Visited) -> None:
         visited.visit()
         visited.pages.drop()
         assert visited.pages.memory == {}
-
-
-def test_what_the_system_tells(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Where it does not, half of the physical memory is for a computation on the CPU."""
-    told = tmp_path / "told"
-    monkeypatch.setattr(system, "Path", lambda _: told)
-    assert (system.available_bytes(), system.own_bytes()) == (None, 0)
-    assert free_bytes(torch.device("cpu")) == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    told.write_text("MemTotal: 8000 kB\nMemFree: 1000 kB\nMemAvailable: 4000 kB\nRssFile: 7 kB\nRssAnon: 100 kB\n")
-    assert (system.available_bytes(), system.own_bytes()) == (4000 * 1024, 100 * 1024)
-    assert free_bytes(torch.device("cpu")) == 4100 * 1024

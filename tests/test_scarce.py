@@ -18,8 +18,11 @@ from mmdit.driver.loading import load_parts
 from mmdit.driver.loop import Drawing
 from mmdit.driver.pipeline import Pipeline
 from mmdit.driver.settings import Settings
+from mmdit.memory.activations import Activations
+from mmdit.memory.budget import DeviceMemoryError
 from mmdit.memory.meter import Meter
-from mmdit.memory.plan import DeviceMemoryError, Job, Plan, Planner
+from mmdit.memory.plan import Job, Plan
+from mmdit.memory.planner import Planner
 from mmdit.memory.residency import Network, Residency
 from weights import Source
 
@@ -38,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     """Of a model with all the ways of a GPU of being there, the first of which is the plan; no strips, which round."""
     monkeypatch.setattr(Planner, "ladder", lambda _: RUNGS)
-    monkeypatch.setattr(Planner, "decoding", lambda *_: (None, 10**6))
+    monkeypatch.setattr(Activations, "decoding", lambda *_: (None, 10**6))
     return Settings(prompt=PROMPT, model=str(folder), device="cpu", dtype="bf16", **SIZE)
 
 

@@ -1,18 +1,16 @@
 """Weights that come and go with the module that runs."""
 
-import weakref
 from collections.abc import Iterator
 from contextlib import nullcontext
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from test_memory import Here
+from played_gpu import Gpu
 from torch import Tensor, nn
 
-from mmdit.memory import streaming
-from mmdit.memory.streaming import Paged, Pages
+from mmdit.memory import devices, paged, streaming
+from mmdit.memory.paged import Paged, Pages
 
 
 def test_a_stream_begins_anew_after_a_break() -> None:
@@ -41,8 +39,7 @@ def test_a_stream_begins_anew_after_a_break() -> None:
 def test_what_was_converted_goes_back_to_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
     """After every unit, the last of those that run once among them."""
     layers, done = Layers(monkeypatch), []
-    monkeypatch.setattr(streaming, "give_back", lambda: done.append(len(layers.reads)))
-    Event.made.clear()
+    monkeypatch.setattr(streaming, "trim", lambda: done.append(len(layers.reads)))
     units = layers.units[:3]
     stream = streaming.Stream(units, layers, layers.bind, torch.device("cpu"), rounds=False)  # type: ignore[arg-type]
     layers.outputs(torch.randn(2, 8))
@@ -51,64 +48,6 @@ def test_what_was_converted_goes_back_to_the_system(monkeypatch: pytest.MonkeyPa
 
 
 # ---- page-locked memory --------------------------------------------------------------------------
-
-
-class Event:
-    """Stands for a GPU's: whether something it was recorded after may still be on its way."""
-
-    made: list["Event"] = []  # noqa: RUF012
-
-    def __init__(self, *_: object) -> None:
-        self.pending = False
-        self.made.append(self)
-
-    def record(self) -> None:
-        self.pending = True
-
-    def synchronize(self) -> None:
-        self.pending = False
-
-
-class Host(Here):
-    """Stands for torch with a GPU, on a host that page-locks so many bytes and no more.
-
-    Each piece takes a power of two, and what is freed stays page-locked until copies are done and the cache is emptied.
-    """
-
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self.asked: list[int] = []  # page-locked
-        self.pageable: list[int] = []
-        self.taken = 0  # bytes that are page-locked
-        self.cached: list[int] = []  # sizes of those that were freed
-        self.unused: list[int] = []  # of which copies are known to be done
-        self.cuda = SimpleNamespace(**{**vars(Here.cuda), "Event": Event, "synchronize": self.synchronize})
-        self._C = SimpleNamespace(_host_emptyCache=self.empty_cache)
-
-    def synchronize(self) -> None:
-        self.unused = list(self.cached)
-
-    def empty_cache(self) -> None:
-        for size in self.unused:
-            self.cached.remove(size)
-            self.taken -= size
-        self.unused = []
-
-    def empty(self, *size: int, pin_memory: bool = False, device: object = None, **more: Any) -> Tensor:
-        if not pin_memory:
-            self.pageable += size if device is None else ()
-            return torch.empty(*size, **more)
-        self.asked += size
-        taken = next(2**k for k in range(40) if 2**k >= size[0])
-        if taken in self.cached:
-            self.cached.remove(taken)
-        elif self.taken + taken > self.most:
-            raise RuntimeError("CUDA error: out of memory")
-        else:
-            self.taken += taken
-        found = torch.empty(*size, **more)
-        weakref.finalize(found.untyped_storage(), self.cached.append, taken)
-        return found
 
 
 class Layers:
@@ -123,8 +62,6 @@ class Layers:
         self.reads: list[str] = []
 
     def __call__(self, name: str) -> Tensor:
-        arrived = Event.made[len(self.reads) % 2 :][:1]
-        assert not any(event.pending for event in arrived), "what lay there before may not have come yet"
         self.reads.append(name)
         return self.stored[name]
 
@@ -137,25 +74,25 @@ class Layers:
     def bind(self, name: str, tensor: Tensor | None) -> None:
         self.net.get_submodule(name.split(".")[0])._parameters["weight"] = tensor  # type: ignore[assignment]
 
-    def stream(self, rounds: bool, pages: Pages | None = None) -> streaming.Stream:
-        Event.made.clear()
-        self.patch.setattr(streaming, "carrier", Paged)
-        here: Any = torch.device("cpu")
-        return streaming.Stream(self.units, self, self.bind, here, rounds, pages)  # type: ignore[arg-type]
+    def stream(self, rounds: bool, pages: Pages | None = None, device: Any = None) -> streaming.Stream:
+        source: Any = self
+        return streaming.Stream(self.units, source, self.bind, device or GPU, rounds, pages)
 
     def outputs(self, x: Tensor) -> list[Tensor]:
         return [layer(x) for layer in self.net]
 
 
 @pytest.fixture
-def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
-    found = Host(10**9)
-    monkeypatch.setattr(streaming, "torch", found)
-    streaming.tell_slow.cache_clear()
+def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
+    found = Gpu(10**9)
+    found.play(monkeypatch)
+    paged.tell_slow.cache_clear()
     yield found
-    streaming.tell_slow.cache_clear()
+    paged.tell_slow.cache_clear()
+    assert not found.harm
 
 
+GPU = torch.device("cuda", 1)
 EACH = 256  # bytes: a layer's 128 to 256, rounded up to 256
 ALL, TWO = [EACH] * 5, [EACH] * 2
 SLOW = "^the host has too little page-locked memory: weights come to the GPU more slowly$"
@@ -172,14 +109,14 @@ SLOW = "^the host has too little page-locked memory: weights come to the GPU mor
     ],
 )
 def test_less_page_locked_memory_than_all_units_take(
-    monkeypatch: pytest.MonkeyPatch, host: Host, most: int, asked: list[int], pageable: list[int], reads: int
+    monkeypatch: pytest.MonkeyPatch, host: Gpu, most: int, asked: list[int], pageable: list[int], reads: int
 ) -> None:
     """Three rounds of five layers and the first of a fourth, of which each is read once, or anew at every turn.
 
     What was page-locked before the first that could not be is back when the two places are asked for, and when they
     cannot be had.
     """
-    layers, pages, x = Layers(monkeypatch), Pages(), torch.randn(2, 8)
+    layers, pages, x = Layers(monkeypatch), Pages(GPU), torch.randn(2, 8)
     expected, host.most, all_fit = layers.outputs(x), most, reads == 5
     stream = layers.stream(rounds=True, pages=pages)
     with nullcontext() if all_fit else pytest.warns(UserWarning, match=SLOW) as warned:
@@ -197,18 +134,19 @@ def test_less_page_locked_memory_than_all_units_take(
     assert all(layer.weight is None for layer in layers.net)
 
 
-def test_units_that_run_once_have_two_places(monkeypatch: pytest.MonkeyPatch, host: Host) -> None:
+def test_units_that_run_once_have_two_places(monkeypatch: pytest.MonkeyPatch, host: Gpu) -> None:
     """As long as they run, and nothing in memory that is for others."""
-    layers, pages, x = Layers(monkeypatch), Pages(), torch.randn(2, 8)
+    layers, pages, x = Layers(monkeypatch), Pages(GPU), torch.randn(2, 8)
     expected, stream = layers.outputs(x), layers.stream(rounds=False, pages=pages)
     assert all(map(torch.equal, layers.outputs(x), expected))
     assert (host.asked, host.cached) == (TWO, TWO)
+    assert (host.contexts, host.places) == ({1}, [GPU, GPU])  # a thread begins with the first GPU
     stream.close()
     assert len(layers.reads) == 5 and not pages.memory and not pages.read
 
 
 @pytest.mark.parametrize("rounds", [False, True])
-def test_it_is_said_once(monkeypatch: pytest.MonkeyPatch, host: Host, rounds: bool) -> None:
+def test_it_is_said_once(monkeypatch: pytest.MonkeyPatch, host: Gpu, rounds: bool) -> None:
     """In a process, whatever runs into it, as every picture would; units that run once have two places in any case."""
     host.most, x = 0, torch.randn(2, 8)
 
@@ -225,7 +163,7 @@ def test_it_is_said_once(monkeypatch: pytest.MonkeyPatch, host: Host, rounds: bo
     assert host.pageable == TWO * 3
 
 
-def test_a_break_with_places_that_are_refilled(monkeypatch: pytest.MonkeyPatch, host: Host) -> None:
+def test_a_break_with_places_that_are_refilled(monkeypatch: pytest.MonkeyPatch, host: Gpu) -> None:
     """The layer that was on its way is not taken for the first."""
     layers, x = Layers(monkeypatch), torch.randn(2, 8)
     expected, host.most = layers.outputs(x), 2 * EACH
@@ -234,4 +172,35 @@ def test_a_break_with_places_that_are_refilled(monkeypatch: pytest.MonkeyPatch, 
         layers.net[0](x)
     layers.net[1](x)
     assert all(map(torch.equal, layers.outputs(x), expected))
+    stream.close()
+
+
+# ---- a GPU ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("late", ["copies", "computing"])
+@pytest.mark.parametrize("room", [True, False])
+def test_queues_of_a_gpu_wait_for_each_other(monkeypatch: pytest.MonkeyPatch, late: str, room: bool) -> None:
+    """Three rounds, one of the queues far behind the other: without a wait, weights are not there, or no longer."""
+    device, layers, cycles = torch.device("cuda", torch.cuda.current_device()), Layers(monkeypatch), 50_000_000
+    monkeypatch.setattr(devices, "available_bytes", lambda: None if room else 0)
+    filled = Paged._filled
+
+    def slow(carrier: Paged, unit: int, place: int) -> Tensor:
+        memory = filled(carrier, unit, place)
+        with torch.cuda.stream(carrier._copies):
+            torch.cuda._sleep(cycles)
+        return memory
+
+    x = torch.randn(2, 8, device=device)
+    expected = [torch.nn.functional.linear(x, weight.to(device)) for weight in layers.stored.values()]
+    stream = layers.stream(rounds=True, device=device)
+    if late == "copies":
+        monkeypatch.setattr(Paged, "_filled", slow)
+    else:  # after the stream's own hooks, before the layer
+        for layer in layers.net:
+            layer.register_forward_pre_hook(lambda *_: torch.cuda._sleep(cycles))
+    for _ in range(3):
+        assert all(map(torch.equal, layers.outputs(x), expected))
     stream.close()

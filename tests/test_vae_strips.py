@@ -11,11 +11,14 @@ from live_storages import LiveStorages
 from reference import autoencoders, relative_error, rounded
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from vae import strips
+from vae import maps, strips
 from vae.autoencoder import SD3_VAE, TOY_VAE, Autoencoder, VAEConfig
 from vae.cpu import cpu_rows
-from vae.memory import decode_peak, peak, rows_for
+from vae.maps import Place, Store, largest_map
+from vae.memory import decode_peak, library_peak, locked_places, peak, rows_for
 from vae.strips import decode_in_strips
 
 # Groups of several channels, and another number of levels; one config grows wider towards the picture.
@@ -133,7 +136,7 @@ def test_statistics_without_batch_norms_own(monkeypatch: pytest.MonkeyPatch) -> 
     """The way of other devices, taken here."""
     ours, latent = autoencoders(FEW_GROUPS).ours, _latent(FEW_GROUPS, 7, 5, 1)
     expected = decode_in_strips(ours, latent, 3)
-    monkeypatch.setattr(strips, "UPDATE_STATS", ())
+    monkeypatch.setattr(maps, "UPDATE_STATS", ())
     assert 0 < relative_error(decode_in_strips(ours, latent, 3), expected) <= 1e-5
 
 
@@ -173,9 +176,10 @@ def test_predicted_peaks_are_those_counted(
     expected = peak(config, h, w, rows, dtype)
     same = _count(config, h, w, rows or h, dtype)
     assert same.together == pytest.approx(expected.together, rel=0.01)
-    assert same.together == pytest.approx(decode_peak(config, h, w, rows, dtype, store_apart=False), rel=0.01)
-    load = strips.Map.load
-    monkeypatch.setattr(strips.Map, "load", lambda *args, **options: load(*args, **options).clone())
+    library = library_peak(config, h, w, rows, dtype)
+    assert same.together == pytest.approx(decode_peak(config, h, w, rows, dtype, store_apart=False) - library, rel=0.01)
+    load = maps.Map.load
+    monkeypatch.setattr(maps.Map, "load", lambda *args, **options: load(*args, **options).clone())
     monkeypatch.setattr(strips, "CACHED", strips.LAUNCHED)
     apart = _count(config, h, w, rows or h, dtype)
     if rows is not None:
@@ -192,21 +196,77 @@ def test_a_whole_decode_on_a_gpu_holds_each_norm_twice() -> None:
     assert decode_peak(SD3_VAE, 128, 90, None, torch.float32) == 4 * (2 * 256 + 128) * 1024 * 720
 
 
-@pytest.mark.parametrize("pin", [True, False])
-def test_a_host_that_page_locks_nothing(pin: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its memory serves as it is; where there is none at all, that is told."""
-    empty, most = torch.empty, 1000
+class Locking:
+    """A host that page-locks so many tensors and no more, and has so many numbers of memory otherwise."""
 
-    def refused(*size: int, pin_memory: bool = False, **more: Any) -> Tensor:
-        if pin_memory or torch.Size(size).numel() > most:
-            raise RuntimeError("CUDA error: out of memory" if pin_memory else "can't allocate memory")
-        return empty(*size, **more)
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, tensors: int, numbers: int = 10**9) -> None:
+        self.tensors, self.numbers, self.locked = tensors, numbers, []
+        self.make = torch.empty
+        monkeypatch.setattr(torch, "empty", self.empty)
+        monkeypatch.setattr(Tensor, "is_pinned", lambda x: any(x is each for each in self.locked))
 
-    monkeypatch.setattr(torch, "empty", refused)
-    room = strips._room((1, 4, 6, 5), torch.float32, torch.device("cpu"), pin)
-    assert room.shape == (1, 4, 6, 5) and room.is_contiguous(memory_format=torch.channels_last)
+    def empty(self, *size: Any, pin_memory: bool = False, **more: Any) -> Tensor:
+        if pin_memory and len(self.locked) == self.tensors:
+            raise RuntimeError("CUDA error: out of memory")
+        if torch.Size(size[0] if isinstance(size[0], tuple) else size).numel() > self.numbers:
+            raise RuntimeError("can't allocate memory")
+        made = self.make(*size, **more)
+        self.locked += [made] if pin_memory else []
+        return made
+
+
+@pytest.mark.parametrize(
+    ("config", "h", "w"), [(TOY_VAE, 6, 10), (TOY_VAE, 3, 2), (FEW_GROUPS, 7, 5), (WIDENING, 9, 4)]
+)
+@pytest.mark.parametrize("most", [9, 1, 0])
+def test_page_locked_places_are_used_again(
+    config: VAEConfig, h: int, w: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as are predicted and no more, each for the largest map; a host that allows fewer gives what it has."""
+    ours, latent = autoencoders(config).ours, _latent(config, h, w, 1)
+    expected = decode_in_strips(ours, latent, 2)
+    host, (places, numbers) = Locking(monkeypatch, most), locked_places(config, h, w)
+    store = Store(torch.device("cpu"), torch.float32, largest_map(config, h, w))
+    assert torch.equal(strips._decode(ours, latent, 2, store), expected)
+    assert [tensor.numel() for tensor in host.locked] == [numbers] * min(most, places)
+    assert len(store._free) == len(host.locked)  # all are free again
+
+
+def test_places_by_hand() -> None:
+    """SD3's largest map has 256 channels at the picture's size, two maps at a time; a decoder that widens has three."""
+    assert locked_places(SD3_VAE, 64, 48) == (2, 256 * 512 * 384)
+    assert locked_places(WIDENING, 9, 4) == (3, 48 * 36 * 16)
+
+
+def test_a_host_without_any_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    Locking(monkeypatch, 0, numbers=1000)
+    store = Store(torch.device("cpu"), torch.float32, 900)
+    assert store.place(900).memory.shape == (900,)
     with pytest.raises(RuntimeError, match="can't allocate memory"):
-        strips._room((1, 4, 60, 50), torch.float32, torch.device("cpu"), pin)
+        store.place(1001)
+
+
+def test_nothing_waits_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strips of a GPU, played on "meta" with the store there too: nothing else comes from the host or goes there.
+
+    It would wait for all that the GPU has still to do.
+    """
+    with torch.device("meta"):
+        vae, latent = Autoencoder(TOY_VAE).requires_grad_(False), torch.empty(1, 16, 6, 10)
+    moved: list[str] = []
+
+    class Moves(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            every = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)]
+            if len({t.device for t in every}) > 1:
+                moved.append(str(func))
+            return result
+
+    monkeypatch.setattr(maps, "UPDATE_STATS", ())
+    with Moves():
+        decode_in_strips(vae, latent, 2, store="meta")
+    assert not moved
 
 
 @pytest.mark.parametrize("rows", [32, 10, 3])
@@ -224,6 +284,13 @@ def test_pictures_fit_small_devices(height: int, width: int, gigabytes: float) -
         weights = sum(2 * parameter.numel() for parameter in Autoencoder(SD3_VAE).decoder.parameters())
     rows = rows_for(SD3_VAE, height // 8, width // 8, torch.bfloat16, int(gigabytes * 1e9) - weights)
     assert rows is not None and rows >= 64
+
+
+def test_a_library_of_a_cpu_copies_float32() -> None:
+    """At SD3's step to the picture's size: 256 channels read and 256 written; strips of a quarter, a quarter of it."""
+    assert library_peak(SD3_VAE, 64, 48, None, torch.float32) == 4 * (256 + 256) * 512 * 384
+    assert library_peak(SD3_VAE, 64, 48, 16, torch.float32) == (256 + 256) * 512 * 384
+    assert library_peak(SD3_VAE, 64, 48, None, torch.bfloat16) == 0
 
 
 @pytest.mark.parametrize("store_apart", [True, False])
@@ -244,15 +311,15 @@ def _count(config: VAEConfig, h: int, w: int, rows: int, dtype: torch.dtype) -> 
         finally:
             torch.set_default_dtype(normal)
         latent = torch.empty(1, config.latent_channels, h, w, dtype=dtype)
-        pools, room = ["device"], strips._room
+        pools, place = ["device"], Store.place
 
-        def stored(*args: object) -> Tensor:
+        def stored(store: Store, numbers: int) -> Place:
             pools.append("store")
-            values = room(*args)  # type: ignore[arg-type]
+            values = place(store, numbers)
             pools.pop()
             return values
 
-        patch.setattr(strips, "_room", stored)
+        patch.setattr(Store, "place", stored)
         with LiveStorages(ignored=[*vae.parameters(), latent], pool=lambda: pools[-1]) as count:
             decode_in_strips(vae, latent, rows)
     return count

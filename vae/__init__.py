@@ -2,7 +2,16 @@
 
 from vae.autoencoder import SD3_VAE, Autoencoder, VAEConfig
 from vae.cpu import cpu_rows
-from vae.memory import decode_peak, rows_for
+from vae.memory import decode_peak, locked_places, rows_for
 from vae.strips import decode_in_strips
 
-__all__ = ["SD3_VAE", "Autoencoder", "VAEConfig", "cpu_rows", "decode_in_strips", "decode_peak", "rows_for"]
+__all__ = [
+    "SD3_VAE",
+    "Autoencoder",
+    "VAEConfig",
+    "cpu_rows",
+    "decode_in_strips",
+    "decode_peak",
+    "locked_places",
+    "rows_for",
+]

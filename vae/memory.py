@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 
 from vae.autoencoder import VAEConfig
-from vae.strips import CACHED, LAUNCHED, strips
+from vae.maps import largest_map, strips
+from vae.strips import CACHED, LAUNCHED
 
 
 class Peak(NamedTuple):
@@ -33,7 +34,7 @@ def decode_peak(
     finished pictures more, the plain path takes the multiple.
     """
     found = peak(config, h, w, rows, dtype, store_apart)
-    return found.device if store_apart else found.together
+    return found.device if store_apart else found.together + library_peak(config, h, w, rows, dtype)
 
 
 @lru_cache(maxsize=64)  # plans are compared by the hundred
@@ -43,6 +44,27 @@ def rows_for(
     """The largest `rows` whose peak is within `budget` bytes: h where the plain path fits; None where nothing does."""
     fitting = (r for r in range(h, 0, -1) if decode_peak(config, h, w, r, dtype, store_apart) <= budget)
     return next(fitting, None)
+
+
+def library_peak(config: VAEConfig, h: int, w: int, rows: int | None, dtype: torch.dtype) -> int:
+    """Bytes that a CPU's convolution library takes for itself at its largest layer.
+
+    In float32 it copies what it reads and what it writes into a layout of its own; 16 bits lie in it (channels last).
+    """
+    if dtype.itemsize < 4:
+        return 0
+    seen = min(rows or h, h) * w
+    size = max(
+        layer.scale**2 * max(layer.before + layer.after, 4 * 2 * layer.after if layer.doubles else 0)
+        for layer in _layers(config)
+    )
+    return dtype.itemsize * seen * size
+
+
+def locked_places(config: VAEConfig, h: int, w: int) -> tuple[int, int]:
+    """How many places of the host's memory a decode in strips page-locks, and the numbers that each is made for."""
+    widens = any(layer.after > layer.before for layer in _layers(config))  # a sum does not fit into the input's place
+    return 3 if widens else 2, largest_map(config, h, w)
 
 
 def peak(config: VAEConfig, h: int, w: int, rows: int | None, dtype: torch.dtype, gpu: bool = False) -> Peak:

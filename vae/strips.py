@@ -14,53 +14,31 @@ plain path by rounding: the merged statistics, a convolution's order of summatio
 less between norm and SiLU, and one more in the kernels of the steps to twice the resolution. Together these leave the
 error of half precision against float32 where it is.
 
-Whole maps lie in a store, another device or the same one, two at a time and row by row (channels last), so that a strip
-is one piece of memory. How much each device holds: `vae.memory`.
+Whole maps lie in a store, another device or the same one, two at a time (`vae.maps`). How much each device holds:
+`vae.memory`.
 """
-
-from collections.abc import Sequence
-from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vae.autoencoder import Autoencoder, GroupNorm, ResnetBlock, Upsample
+from vae.autoencoder import Autoencoder, ResnetBlock, Upsample
+from vae.maps import Map, Store, Strip, WholeNorm, largest_map, strips
 
 CACHED = 2**19  # numbers that are normalised at a time on a CPU
 LAUNCHED = 2**23  # elsewhere, where each time costs a launch
-UPDATE_STATS = ("cpu", "cuda")  # devices on which PyTorch has batch_norm_update_stats
-
-
-class Strip(NamedTuple):
-    """Rows `top` to `bottom` of a map of `height` rows."""
-
-    top: int
-    bottom: int
-    height: int
-
-    @property
-    def above(self) -> int:
-        """Rows of halo above: 1, at the upper edge 0."""
-        return min(self.top, 1)
-
-    @property
-    def below(self) -> int:
-        return min(self.height - self.bottom, 1)
-
-
-def strips(height: int, rows: int) -> list[Strip]:
-    """A map of `height` rows in strips of `rows`, of which the last may be lower."""
-    return [Strip(top, min(top + rows, height), height) for top in range(0, height, rows)]
 
 
 @torch.no_grad()
-def decode_in_strips(vae: Autoencoder, latent: Tensor, rows: int, store: torch.device | str | None = None) -> Tensor:
+def decode_in_strips(
+    vae: Autoencoder, latent: Tensor, rows: int, store: torch.device | str | None = None, pin: bool = True
+) -> Tensor:
     """latent `(B, latent_channels, h, w)` to a picture `(B, 3, H, W)` like `vae.decode`, in strips.
 
     rows: height of a strip in latent rows (8 * rows of the picture's); with `rows >= h` this is `vae.decode`.
     store: where whole maps lie, by default the latent's own device; "cpu" bounds the memory of a GPU by the strip.
+    pin: whether the host's memory is page-locked for a GPU, so that copies do not wait for one another; how much that
+    takes: `vae.memory.locked_places`. PyTorch keeps it until its cache of such memory is emptied.
     Returns a picture on the latent's device and in its dtype, about [-1, 1], not clamped. Gradients do not flow.
     The pictures of a batch are decoded one after the other. Raises ValueError for `rows` under 1.
     """
@@ -68,11 +46,13 @@ def decode_in_strips(vae: Autoencoder, latent: Tensor, rows: int, store: torch.d
         raise ValueError(f"a strip of {rows} rows: it needs at least 1")
     if rows >= latent.shape[2]:
         return vae.decode(latent)
-    place = torch.device(store) if store is not None else latent.device
-    return torch.cat([_decode(vae, one, rows, place) for one in latent.split(1)])
+    where = torch.device(store) if store is not None else latent.device
+    pin = pin and latent.device.type == "cuda" and where.type == "cpu"
+    places = Store(where, latent.dtype, largest_map(vae.config, *latent.shape[2:]) if pin else None)
+    return torch.cat([_decode(vae, one, rows, places) for one in latent.split(1)])
 
 
-def _decode(vae: Autoencoder, latent: Tensor, rows: int, store: torch.device) -> Tensor:
+def _decode(vae: Autoencoder, latent: Tensor, rows: int, store: Store) -> Tensor:
     """One picture of `decode_in_strips`."""
     decoder, device = vae.decoder, latent.device
     x = Map.of(decoder.mid(decoder.conv_in(vae.raw(latent))), store)  # (1, C3, h, w)
@@ -88,7 +68,7 @@ def _decode(vae: Autoencoder, latent: Tensor, rows: int, store: torch.device) ->
     return picture
 
 
-def _residual(block: ResnetBlock, x: "Map", rows: int, device: torch.device) -> "Map":
+def _residual(block: ResnetBlock, x: Map, rows: int, device: torch.device) -> Map:
     """A residual block: a map to the next of the same size, in whose place it then lies."""
     y, norm = x.new(block.conv1.out_channels), x.norm(block.norm1)
     for strip in strips(x.height, rows):
@@ -102,7 +82,7 @@ def _residual(block: ResnetBlock, x: "Map", rows: int, device: torch.device) -> 
     return z
 
 
-def _doubled(step: Upsample, x: "Map", rows: int, device: torch.device) -> "Map":
+def _doubled(step: Upsample, x: Map, rows: int, device: torch.device) -> Map:
     """The step to twice the resolution, by four convolutions of the map as it is instead of one of the doubled map.
 
     Doubled, two of the three rows that a 3x3 kernel sees are the same row, and so are two of its columns: an output in
@@ -146,12 +126,12 @@ def _interleaved(x: Tensor, kernels: list[list[Tensor]], bias: Tensor | None) ->
     return y
 
 
-def _filtered(conv: nn.Conv2d, norm: "WholeNorm", x: "Map", strip: Strip, device: torch.device) -> Tensor:
+def _filtered(conv: nn.Conv2d, norm: WholeNorm, x: Map, strip: Strip, device: torch.device) -> Tensor:
     """The rows of a strip of norm, SiLU and convolution."""
     return _convolve(conv, _normalised(x.load(strip, device), norm), strip)
 
 
-def _normalised(x: Tensor, norm: "WholeNorm") -> Tensor:
+def _normalised(x: Tensor, norm: WholeNorm) -> Tensor:
     """SiLU of the norm, in one new map, computed in float32 and rounded once.
 
     A few rows at a time: their float32 numbers then take little memory, and on a CPU they stay in its cache.
@@ -165,7 +145,7 @@ def _normalised(x: Tensor, norm: "WholeNorm") -> Tensor:
     return y
 
 
-def _normalised_exactly(x: Tensor, norm: "WholeNorm") -> Tensor:
+def _normalised_exactly(x: Tensor, norm: WholeNorm) -> Tensor:
     return F.silu(F.batch_norm(x, norm.mean, norm.variance, norm.weight, norm.bias, eps=norm.eps), inplace=True)
 
 
@@ -175,101 +155,3 @@ def _convolve(conv: nn.Conv2d, x: Tensor, strip: Strip) -> Tensor:
         return F.conv2d(x, conv.weight, conv.bias, padding=(0, 1))
     y = F.conv2d(x, conv.weight, conv.bias, padding=1)
     return y[:, :, strip.above : y.shape[2] - strip.below]  # the halo's own row saw zeros where its neighbour is
-
-
-class WholeNorm(NamedTuple):
-    """A group norm with the statistics of a whole map: what to do to each channel, `(C,)` in float32."""
-
-    mean: Tensor
-    variance: Tensor
-    weight: Tensor
-    bias: Tensor
-    eps: float
-
-
-class Map:
-    """A whole feature map in the store, `(1, C, h, w)`, with mean and variance of every strip that was put in."""
-
-    def __init__(self, values: Tensor) -> None:
-        self.values, self.pinned = values, values.is_pinned()
-        self.moments: list[tuple[int, Tensor, Tensor]] = []  # rows, mean and variance of each channel `(C,)`
-
-    @classmethod
-    def of(cls, values: Tensor, store: torch.device) -> "Map":
-        """A map on the device, put into the store."""
-        pin = values.device.type == "cuda" and store.type == "cpu"
-        x = cls(_room(values.shape, values.dtype, store, pin))
-        x.keep(Strip(0, x.height, x.height), values)
-        return x
-
-    def new(self, channels: int, scale: int = 1) -> "Map":
-        """Room for another map, `scale` times as high and wide."""
-        _, _, height, width = self.values.shape
-        shape = (1, channels, scale * height, scale * width)
-        return Map(_room(shape, self.values.dtype, self.values.device, self.pinned))
-
-    def successor(self, channels: int) -> "Map":
-        """Room for a map of the same size that is written strip by strip while this one is read, in its place.
-
-        A map with no more channels than this one's never reaches, from the front, the rows still to be read.
-        """
-        _, old, height, width = self.values.shape
-        if channels > old:
-            return self.new(channels)
-        flat = self.values.permute(0, 2, 3, 1).flatten()
-        return Map(flat[: height * width * channels].view(1, height, width, channels).permute(0, 3, 1, 2))
-
-    @property
-    def height(self) -> int:
-        return self.values.shape[2]
-
-    def load(self, strip: Strip, device: torch.device, halo: bool = True) -> Tensor:
-        """Rows on the device, by default with their halo: `(1, C, rows, w)`."""
-        top, bottom = (strip.top - strip.above, strip.bottom + strip.below) if halo else (strip.top, strip.bottom)
-        return self.values[:, :, top:bottom].to(device, non_blocking=self.pinned)
-
-    def keep(self, strip: Strip, values: Tensor) -> None:
-        """Put rows into the store and their statistics into `moments`."""
-        self.values[:, :, strip.top : strip.bottom].copy_(values, non_blocking=self.pinned)
-        self.moments.append((strip.bottom - strip.top, *_moments(values)))
-
-    def norm(self, norm: GroupNorm) -> WholeNorm:
-        """The norm of the whole map, after its last strip."""
-        mean, variance = _merged(self.moments, norm.num_groups)
-        return WholeNorm(mean, variance, norm.weight.to(mean.dtype), norm.bias.to(mean.dtype), norm.eps)
-
-
-def _room(shape: Sequence[int], dtype: torch.dtype, store: torch.device, pin: bool) -> Tensor:
-    room = partial(torch.empty, *shape, dtype=dtype, device=store, memory_format=torch.channels_last)
-    try:
-        return room(pin_memory=pin)
-    except RuntimeError:  # a host may page-lock little; copies then wait for one another
-        if not pin:
-            raise
-        return room()
-
-
-def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each channel `(C,)`, in float32 (of float64 in float64)."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    if x.device.type not in UPDATE_STATS:
-        variance, mean = torch.var_mean(x.to(dtype), dim=(0, 2, 3), correction=0)
-        return mean, variance
-    # Batch norm's own, because it needs no copy in float32. The running statistics only choose the dtype.
-    zeros = torch.zeros(2, x.shape[1], dtype=dtype, device=x.device)
-    return torch.batch_norm_update_stats(x, zeros[0], zeros[1], momentum=0.0)
-
-
-def _merged(moments: list[tuple[int, Tensor, Tensor]], groups: int) -> tuple[Tensor, Tensor]:
-    """Mean and variance of a map's groups, repeated for each channel `(C,)`, from those of strips and channels.
-
-    The variance is the mean of the variances plus the variance of the means, both around the common mean (Chan,
-    Golub, LeVeque 1983): sums of squares would lose their digits where means are large.
-    """
-    rows, means, variances = zip(*moments)
-    mean, variance = (torch.stack(part).unflatten(1, (groups, -1)) for part in (means, variances))  # (strips, g, C/g)
-    share = torch.tensor(rows, dtype=mean.dtype, device=mean.device).view(-1, 1, 1) / sum(rows)
-    common = (share * mean).sum(0).mean(-1, keepdim=True)  # (g, 1)
-    spread = (share * (variance + (mean - common) ** 2)).sum(0).mean(-1, keepdim=True)  # (g, 1)
-    each = mean.shape[2]
-    return common.expand(-1, each).flatten(), spread.expand(-1, each).flatten()

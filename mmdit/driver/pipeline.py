@@ -22,7 +22,7 @@ from mmdit.driver.watch import OnStep, Stepped, Trace, Watcher
 from mmdit.errors import SettingsError
 from mmdit.kernels.compiled import compile_model
 from mmdit.kernels.onednn import by_onednn
-from mmdit.memory.plan import DeviceMemoryError, memory_errors
+from mmdit.memory.budget import DeviceMemoryError, memory_errors
 from text_encoders import TokenizerError
 from weights import CheckpointError
 

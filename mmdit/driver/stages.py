@@ -20,7 +20,9 @@ from mmdit.driver.loading import Parts, check_there, part_dtype
 from mmdit.driver.settings import LOADED, Settings
 from mmdit.errors import SettingsError
 from mmdit.kernels.process import Switch
-from mmdit.memory.plan import DeviceMemoryError, Job, Plan, Planner, budget_of, memory_errors
+from mmdit.memory.budget import DeviceMemoryError, budget_of, memory_errors
+from mmdit.memory.plan import Job, Plan
+from mmdit.memory.planner import Planner
 from mmdit.memory.residency import Residency
 from mmdit.model import MMDiT
 from mmdit.prepared import Prepared, Row, predict
@@ -91,13 +93,12 @@ class Stages:
         On a CPU texts that wait take of the same memory; they are few, and what is left is more where that is needed.
         """
         budget, exact = budget_of(job.memory, self.device), job.memory != "auto"
-        waiting = job.waiting if self.device.type == "cpu" else 0
         try:
-            return self.planner.plan(job, budget - waiting, exact)
+            return self.planner.plan(job, budget, exact)
         except SettingsError:
-            if not waiting:
+            if not job.waiting:
                 raise
-        return self.planner.plan(job, budget, exact)
+        return self.planner.plan(job._replace(waiting=0), budget, exact)
 
     def follow(self, plan: Plan, job: Job) -> None:
         """Have on the device what the plan for this job says, or the next smaller one where memory runs out."""
@@ -227,7 +228,8 @@ class Stages:
             self.residency.use("vae")
             latents = latents.to(self.device, part_dtype("vae", self.dtype))
             rows = self.plan.strip or latents.shape[2]
-            pictures = decode_in_strips(self.vae, latents, rows, "cpu").float()  # (B, 3, H, W)
+            pin = self.plan.locked > 0
+            pictures = decode_in_strips(self.vae, latents, rows, "cpu", pin).float()  # (B, 3, H, W)
         self.check_finite(pictures, "the decoded picture")
         return ((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
 

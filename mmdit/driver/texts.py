@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from mmdit.driver.settings import Settings
 from mmdit.driver.stages import Stages
-from mmdit.memory.plan import DeviceMemoryError, budget_of
+from mmdit.memory.budget import DeviceMemoryError, budget_of
 from samplers import NEGATIVE, PROMPT
 from text_encoders import Conditioning
 
@@ -55,7 +55,7 @@ def encode(stages: Stages, pictures: Sequence[Settings], waiting: int, seconds: 
     plan = stages.plan_for(job)
     most = min(_AT_A_TIME, max(map(len, lengths.values())))
     stages.follow(plan, job)
-    budget = budget_of(job.memory, stages.device) - waiting
+    budget = budget_of(job.memory, stages.device)
     first = stages.planner.texts(job, plan, budget, most) if stages.plan is plan else job.texts
     sizes = iter((first, job.texts))  # the second for a second try
 

@@ -8,8 +8,11 @@ come and go, and change.
 import os
 import shutil
 import sys
+import sysconfig
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -17,13 +20,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmdit.errors import SettingsError
 from mmdit.model import JointBlock, LayerNorm, MMDiT
 
 _SHAPES = 64  # kinds of block times sizes and batches; past PyTorch's own limit, 8, the next would not be compiled
 
 
 def compile_model(model: MMDiT, device: torch.device) -> None:
-    """Have a built model compute by compiled code from now on; for each new shape the first step compiles it."""
+    """Have a built model compute by compiled code from now on; for each new shape the first step compiles it.
+
+    A compiler that fails then is a SettingsError.
+    """
     if device.type == "cpu":
         compile_norms(model)
     else:
@@ -32,12 +39,26 @@ def compile_model(model: MMDiT, device: torch.device) -> None:
 
 def lacking(device: torch.device) -> str | None:
     """Why nothing can be compiled for this device; None if it can."""
-    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     if device.type not in ("cpu", "cuda"):
         return f"there is no compiler for {device.type}"
     if device.type == "cuda" and find_spec("triton") is None:
         return "it needs the package triton"
-    return None if shutil.which(compiler) else f"it needs a C++ compiler, and there is no {compiler}"
+    if device.type == "cuda":  # Triton compiles in C what starts its kernels
+        language, compilers = "C", [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
+    else:
+        language, compilers = "C++", [os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")]
+    if not any(map(shutil.which, compilers)):
+        return f"it needs a {language} compiler, and there is no {' or '.join(compilers)}"
+    if not any(Path(folder, "Python.h").exists() for folder in _header_folders()):
+        return "it needs Python's headers (Debian and Ubuntu have them in python3-dev), and there is no Python.h"
+    return None
+
+
+def _header_folders() -> list[str]:
+    """Where a compiler looks for Python's headers: where PyTorch and Triton say, and where the user says."""
+    scheme = "nt" if os.name == "nt" else "posix_prefix"
+    given = [os.environ.get(name, "") for name in ("CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH")]
+    return [sysconfig.get_path("include", scheme), *filter(None, os.pathsep.join(given).split(os.pathsep))]
 
 
 def compile_blocks(model: MMDiT, **how: Any) -> None:
@@ -45,7 +66,8 @@ def compile_blocks(model: MMDiT, **how: Any) -> None:
     from torch._dynamo import config  # here: it takes longer than all else before the first step
 
     config.cache_size_limit = max(config.cache_size_limit, _SHAPES)
-    forward = torch.compile(JointBlock.forward, **how)
+    config.skip_nnmodule_hook_guards = False  # or hooks put on modules of a block after its first call would do nothing
+    forward = _telling(torch.compile(JointBlock.forward, **how))
     for block in model.joint_blocks:
         block.forward = MethodType(forward, block)
 
@@ -72,4 +94,21 @@ def _rms_norm(self: nn.RMSNorm, x: Tensor) -> Tensor:
 
 @cache
 def _compiled(function: Any) -> Any:
-    return torch.compile(function)
+    return _telling(torch.compile(function))
+
+
+def _telling(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """What is compiled when it is first called; SettingsError where that fails."""
+
+    def call(*given: Any) -> Any:
+        try:
+            return compiled(*given)
+        except RuntimeError as error:
+            inner = getattr(error, "inner_exception", None)  # PyTorch's compilers wrap what went wrong
+            if inner is None or isinstance(inner, torch.OutOfMemoryError | MemoryError):
+                raise
+            lines = [line.strip() for line in str(inner).splitlines() if line.strip()] or [type(inner).__name__]
+            said = next((line for line in lines if "error:" in line), lines[0])
+        raise SettingsError(f"compile: the compiler failed: {said}; without --compile none is needed")
+
+    return call

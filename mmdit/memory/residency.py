@@ -6,7 +6,7 @@ layers, a third of its weights, are used before the first step for all steps at 
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import StrEnum
 from typing import Any, NamedTuple
 
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mmdit.memory.streaming import Pages, Stream, Unit, give_back
+from mmdit.memory.devices import give_back, unlock
+from mmdit.memory.paged import Pages
+from mmdit.memory.streaming import Stream, Unit
 from weights import Source
 
 
@@ -26,9 +28,23 @@ class Mode(StrEnum):
     STREAMED = "streamed"  # while it is used, and of its blocks only the one that runs and the next, and those kept
 
 
-class Layout(NamedTuple):
-    """Which parts of a network are treated apart, by their names."""
+class Role(StrEnum):
+    """What a network does for a picture; the value is the stage in which it does that."""
 
+    ENCODES_TEXT = "encode"
+    DENOISES = "denoise"
+    DECODES = "decode"
+
+    @property
+    def in_turns(self) -> bool:
+        """Whether networks of this role run one after another; else they are on the device together."""
+        return self is not Role.DENOISES
+
+
+class Layout(NamedTuple):
+    """What a network does, and which of its parts are treated apart, by their names."""
+
+    role: Role
     table: str | None = None  # a tensor of which few rows are used; it stays on the host
     before: str | None = None  # pattern of the modules that are used before the loop
     blocks: str | None = None  # list of modules that run one after another
@@ -37,14 +53,23 @@ class Layout(NamedTuple):
     channels_last: bool = False  # whether its convolutions are faster so, in 16 bits
 
 
-_CLIP = Layout("text_model.embeddings.token_embedding.weight", blocks="text_model.encoder.layers")
+_CLIP = Layout(
+    Role.ENCODES_TEXT, table="text_model.embeddings.token_embedding.weight", blocks="text_model.encoder.layers"
+)
 LAYOUTS = {
     "clip_l": _CLIP,
     "clip_g": _CLIP,
-    "t5": Layout("shared.weight", blocks="encoder.block"),
-    "transformer": Layout("pos_embed", r"joint_blocks\.\d+\.\w+\.adaLN_modulation", "joint_blocks", loop=True),
-    "vae": Layout(entries=("encoder", "decoder"), channels_last=True),
+    "t5": Layout(Role.ENCODES_TEXT, table="shared.weight", blocks="encoder.block"),
+    "transformer": Layout(
+        Role.DENOISES, "pos_embed", r"joint_blocks\.\d+\.\w+\.adaLN_modulation", "joint_blocks", loop=True
+    ),
+    "vae": Layout(Role.DECODES, entries=("encoder", "decoder"), channels_last=True),
 }
+
+
+def of_role(role: Role, names: Iterable[str]) -> list[str]:
+    """Those of these networks that have the role."""
+    return [name for name in names if LAYOUTS[name].role is role]
 
 
 class Network:
@@ -73,10 +98,11 @@ class Network:
         self.shapes = {name: shape for name, shape in source.shapes.items() if not name.endswith("weight_scale")}
         self.original = source.original
         self.layout = LAYOUTS[name]
+        self.role = self.layout.role
         self.before, self.blocks = units(module, self.layout)
         self._empty = module.state_dict(keep_vars=True)
         self.here = False
-        self.pages = Pages()  # of the blocks that come in rounds, from visit to visit
+        self.pages = Pages(device)  # of the blocks that come in rounds, from visit to visit
         self._streams: list[Stream] = []
         table = self.layout.table and module.get_submodule(self.layout.table.rpartition(".")[0])
         if isinstance(table, nn.Embedding):
@@ -119,10 +145,7 @@ class Network:
         for name in self.source.shapes:
             self._bind(name, None)
         self.here = False
-        if self.device.type == "cpu":
-            give_back()
-        elif self.device.type == "cuda":
-            torch.cuda.empty_cache()  # the next network's memory is of other sizes: both would be held
+        give_back(self.device)
 
     def apart(self, mode: Mode, kept: int = 0) -> list[Unit]:
         """The units that come to the device only while they run; kept: blocks that stay though others come and go."""
@@ -214,12 +237,20 @@ class Residency:
                 module.register_forward_pre_hook(lambda *_, name=name: self.use(name))
 
     def use(self, name: str | None) -> None:
-        """Bring this network to the device, all others that are not resident having left it."""
+        """Bring this network to the device, all others that are neither resident nor work with it having left it.
+
+        None: nothing is to be computed for now. Then the host has its page-locked memory back too, all but `Pages`.
+        """
+        role = None if name is None else self.networks[name].role
+        together = {n for n, network in self.networks.items() if network.role is role and not network.role.in_turns}
         for other, network in self.networks.items():
-            if other != name and network.mode is not Mode.RESIDENT:
+            if other != name and other not in together and network.mode is not Mode.RESIDENT:
                 network.leave()
         if name is not None:
             self.networks[name].enter()
+        else:
+            for device in {network.device for network in self.networks.values() if network.device.type == "cuda"}:
+                unlock(device)
 
     def arrange(self, modes: dict[str, Mode], kept: int = 0) -> None:
         """From now on, these networks are on the device in these ways; those that are to stay there come now.

@@ -1,0 +1,143 @@
+"""What computations take: the most bytes that their tensors take at a time, weights left out.
+
+Encoding and denoising are measured by running the real code, of a network cut short, without memory
+(`mmdit.memory.meter`): what a block leaves behind takes no more memory after twenty blocks than after two. The bounds
+and the table are arithmetic, as decoding is (`vae.memory`).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from mmdit.attention import attention_by
+from mmdit.memory.devices import locked_bytes
+from mmdit.memory.empty import on_meta
+from mmdit.memory.meter import peak_bytes
+from mmdit.memory.plan import Job
+from mmdit.memory.residency import Network, Role, of_role
+from mmdit.prepared import Prepared
+from text_encoders import CLIPConfig
+from vae import cpu_rows, decode_peak, locked_places, rows_for
+
+_UNITS = 20  # tensors as large as all tokens together that a step never needs more of at a time
+_TABLES = 2  # of scores, and
+_EXACT = 8  # tensors as large as all tokens, in float32, that attention by the formula needs beside them
+_FLOAT32 = 4  # bytes
+
+
+class Activations:
+    """Of one model's networks, for any job; each is measured once."""
+
+    def __init__(self, networks: Mapping[str, Network], device: torch.device, dtype: torch.dtype) -> None:
+        """dtype: of the latents, as the networks that denoise are given them."""
+        self._networks, self._device, self._dtype = networks, device, dtype
+        self._measured: dict[tuple[object, ...], int] = {}
+
+    # ---- encoding --------------------------------------------------------------------------------
+
+    def encoding(self, name: str, job: Job) -> int:
+        """Bytes for the texts of one picture, all at once."""
+        network = self._networks[name]
+        config, dtype, length = network.module.config, _dtype(network), self._tokens(name, job)
+
+        def encode() -> int:
+            module = on_meta(type(network.module), replace(config, num_layers=2), dtype)
+            return peak_bytes(module, torch.zeros(job.texts, length, dtype=torch.long, device="meta"))
+
+        return self._once((name, job.texts, length), encode)
+
+    def encoding_bound(self, name: str, job: Job) -> int:
+        """Bytes that `encoding` does not exceed."""
+        config, length = self._networks[name].module.config, self._tokens(name, job)
+        wide = config.intermediate_size if isinstance(config, CLIPConfig) else config.d_ff
+        numbers = job.texts * length * (8 * wide + 4 * config.num_heads * length)
+        return _dtype(self._networks[name]).itemsize * numbers
+
+    def _tokens(self, name: str, job: Job) -> int:
+        """How many a text encoder reads of each text."""
+        config = self._networks[name].module.config
+        return config.max_length if isinstance(config, CLIPConfig) else job.t5_length
+
+    # ---- denoising -------------------------------------------------------------------------------
+
+    def table(self, name: str, job: Job, batch: int) -> int:
+        """Bytes of what every block is told in all steps, and once more in this one for each picture of a batch."""
+        shapes = self._networks[name].shapes
+        each = sum(shape[0] for name, shape in shapes.items() if name.endswith("adaLN_modulation.1.weight"))
+        texts = job.texts * (batch if job.apart else 1)
+        spread = job.texts * batch if texts < job.texts * batch else 0
+        return (job.steps * texts + spread) * each * self._dtype.itemsize
+
+    def denoising(self, name: str, job: Job, batch: int) -> int:
+        """Bytes for one step of `batch` pictures, without the table."""
+        network = self._networks[name]
+        config = network.module.config
+        short = replace(config, depth=2, dual_attention_blocks=config.dual_attention_blocks[:1] and (0,))
+
+        def measure() -> int:
+            model = network.change(on_meta(type(network.module), short, self._dtype))
+            attention_by(model, job.attention)
+            return peak_bytes(self._step, model, job, batch)
+
+        key = (name, job.rows, job.columns, job.texts, batch, job.apart, self._context(job), job.attention)
+        return self._once(key, measure)
+
+    def _step(self, model: Any, job: Job, batch: int) -> object:
+        """The velocity of a batch in a first step, on "meta"."""
+        config = model.config
+        texts, each = (job.texts * batch, 1) if job.apart else (job.texts, batch)
+        context = torch.empty(texts, self._context(job), config.context_size, dtype=self._dtype, device="meta")
+        pooled = torch.empty(texts, config.pooled_size, dtype=self._dtype, device="meta")
+        latents = torch.empty(batch, config.in_channels, job.rows, job.columns, device="meta")
+        rows = [text for text in range(texts) for _ in range(each)]
+        return Prepared(model, context, pooled)(torch.cat([latents] * job.texts).to(self._dtype), 1.0, rows).float()
+
+    def denoising_bound(self, name: str, job: Job, batch: int) -> int:
+        """Bytes that `denoising` does not exceed."""
+        config, length = self._networks[name].module.config, self._context(job)
+        rows, each = job.texts * batch, job.rows * job.columns // config.patch_size**2 + length  # tokens of a row
+        numbers = rows * each * _UNITS * config.hidden_size + rows * length * config.context_size
+        found = self._dtype.itemsize * numbers
+        if job.attention == "math":
+            scores = _TABLES * config.num_heads * each
+            found += max(_FLOAT32, self._dtype.itemsize) * rows * each * (scores + _EXACT * config.hidden_size)
+        return found
+
+    def _context(self, job: Job) -> int:
+        """Tokens of a picture's text: CLIP's, which the two of them share, and T5's."""
+        configs = [self._networks[name].module.config for name in of_role(Role.ENCODES_TEXT, self._networks)]
+        return max(config.max_length for config in configs if isinstance(config, CLIPConfig)) + job.t5_length
+
+    # ---- decoding --------------------------------------------------------------------------------
+
+    def decoding(self, name: str, job: Job, budget: int) -> tuple[int | None, int]:
+        """The height of the highest strips for which the budget suffices, None for the whole, and the bytes they take.
+
+        Where it suffices for none, the lowest. For one picture: those of a batch are decoded one by one.
+        """
+        network, apart = self._networks[name], self._device.type != "cpu"
+        config, dtype = network.module.config, _dtype(network)
+        rows = rows_for(config, job.rows, job.columns, dtype, budget, apart) or 1
+        if not apart and dtype.itemsize == 2:  # strips are faster there; float32 keeps to the plain path's bits
+            rows = min(rows, cpu_rows(job.rows, job.columns))
+        rows = -(-job.rows // -(-job.rows // rows))  # as many strips of equal height
+        strip = None if rows >= job.rows else rows
+        return strip, decode_peak(config, job.rows, job.columns, strip, dtype, apart)
+
+    def locked(self, name: str, job: Job) -> int:
+        """Bytes of the host's memory that are page-locked where strips of one picture lie there."""
+        network = self._networks[name]
+        places, numbers = locked_places(network.module.config, job.rows, job.columns)
+        return places * locked_bytes(numbers * _dtype(network).itemsize)
+
+    def _once(self, key: tuple[object, ...], measure: Callable[[], int]) -> int:
+        if key not in self._measured:
+            self._measured[key] = measure()
+        return self._measured[key]
+
+
+def _dtype(network: Network) -> torch.dtype:
+    """What it computes in."""
+    return network.source.dtype(next(iter(network.shapes)))
