@@ -1,5 +1,5 @@
 """The error of every option that cannot be used."""
 
+from common.errors import SettingsError
 
-class SettingsError(ValueError):
-    """A setting that cannot be used; the message is one line: which, why, and what would be right."""
+__all__ = ["SettingsError"]

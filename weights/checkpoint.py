@@ -11,8 +11,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from common.errors import one_line
 from weights.component import Component
-from weights.errors import CheckpointError, one_line
+from weights.errors import CheckpointError
 from weights.files import read_file
 from weights.header import Header, TensorInfo, read_json, read_safetensors
 from weights.kinds import COMPONENTS, WHAT, Network, described, networks, refuse_strangers, split

@@ -31,11 +31,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from common.errors import one_line
 from weights.adapters.describe import describe, is_adapter
 from weights.adapters.groups import find_adapter
 from weights.checkpoint import PLACES, Checkpoint, folder_header, open_checkpoint, open_part, weights_file
 from weights.component import Component
-from weights.errors import CheckpointError, one_line
+from weights.errors import CheckpointError
 from weights.files import is_gguf
 from weights.gguf import GGUFFile
 from weights.header import DTYPES, TensorInfo, read_json, read_safetensors

@@ -13,6 +13,7 @@ from torch import nn
 from mmdit.attention import missing
 from mmdit.config import MMDiTConfig
 from mmdit.driver.defaults import default_settings
+from mmdit.driver.fingerprint import of_model, with_adapters
 from mmdit.driver.settings import Settings, check_defaults, check_size, split_lora, user_path
 from mmdit.errors import SettingsError
 from mmdit.kernels.compiled import lacking
@@ -51,10 +52,12 @@ class Parts(NamedTuple):
     shift: float  # of its noise schedule
     device: torch.device
     dtype: torch.dtype  # of transformer, CLIPs and autoencoder
+    fingerprint: str  # of the files
 
     def check(self, settings: Settings) -> Settings:
-        """The settings with the model's defaults and dtype; SettingsError for what this model cannot do."""
-        settings = replace(settings.resolved(self.defaults), dtype=self.dtype_name)
+        """The settings with the model's defaults, dtype and files; SettingsError for what this model cannot do."""
+        weights = with_adapters(self.fingerprint, settings.lora)
+        settings = replace(settings.resolved(self.defaults), dtype=self.dtype_name, weights=weights)
         modules = {name: network.module for name, network in self.networks.items()}
         check_size(settings, modules["transformer"].config, modules["vae"].config.downscale)
         return settings
@@ -86,7 +89,8 @@ def load_parts(settings: Settings) -> Parts:
             option = f"--{SEPARATE[name].replace('_', '-')} FILE brings one"
             raise CheckpointError(f"{checkpoint.path}: has no {name}, which a picture needs; {option}{hint}")
     shift = shift_of(checkpoint)
-    tokenizers = load_tokenizers(settings, checkpoint)
+    folders = tokenizer_folders(settings, checkpoint)
+    tokenizers = load_tokenizers(*folders)
     components |= {name: checkpoint.component(name) for name in wanted}
     modules |= {name: build(components[name]) for name in wanted if name != "transformer"}
     check_together(components, modules)
@@ -111,7 +115,8 @@ def load_parts(settings: Settings) -> Parts:
         t5_mode=settings.t5,
         width=modules["transformer"].config.context_size,
     )
-    return Parts(networks, text, adapters, defaults, shift, device, dtype)
+    fingerprint = of_model(components, shift, folders)
+    return Parts(networks, text, adapters, defaults, shift, device, dtype, fingerprint)
 
 
 PUBLISHED: dict[str, Callable[..., dict[str, Any]]] = {
@@ -185,7 +190,7 @@ def open_model(settings: Settings, wanted: list[str]) -> Checkpoint:
     separate = {part: user_path(name, text) for part, (name, text) in given.items() if text is not None}
     path = DEMO if settings.model is None else settings.model
     if isinstance(path, str) and hub.is_id(path):
-        tokenizers = () if settings.tokenizers is not None else tokenizer_folders(settings)
+        tokenizers = () if settings.tokenizers is not None else tokenizer_names(settings)
         path = hub.fetch(path, [name for name in wanted if name not in separate], tokenizers)
     return open_checkpoint(path, separate)
 
@@ -210,23 +215,27 @@ def check_together(components: dict[str, Component], parts: dict[str, Any]) -> N
         raise CheckpointError(f"parts of different models: {'; '.join(wrong)}: {files}")
 
 
-def tokenizer_folders(settings: Settings) -> tuple[str, ...]:
+def tokenizer_names(settings: Settings) -> tuple[str, ...]:
     return ("tokenizer", "tokenizer_2", "tokenizer_3")[: 3 if settings.t5 == "on" else 2]
 
 
-def load_tokenizers(settings: Settings, checkpoint: Checkpoint) -> dict[str, Any]:
+def tokenizer_folders(settings: Settings, checkpoint: Checkpoint) -> list[Path]:
     """Those of --tokenizers, else of the model's folder, else of a Stable Diffusion 3 in the hub's cache."""
     given = None if settings.tokenizers is None else user_path("tokenizers", settings.tokenizers)
-    folder = given or checkpoint.tokenizers or hub.cached_tokenizers(tokenizer_folders(settings))
+    folder = given or checkpoint.tokenizers or hub.cached_tokenizers(tokenizer_names(settings))
     if folder is None:
         raise TokenizerError(
             f"{checkpoint.path}: has no tokenizers: --tokenizers FOLDER names a folder with tokenizer/, "
             "tokenizer_2/ and tokenizer_3/, as every diffusers folder of Stable Diffusion 3 has them"
         )
+    return [folder / name for name in tokenizer_names(settings)]
+
+
+def load_tokenizers(clip_l: Path, clip_g: Path, t5: Path | None = None) -> dict[str, Any]:
     return {
-        "tokenizer_l": CLIPTokenizer.load(folder / "tokenizer"),
-        "tokenizer_g": CLIPTokenizer.load(folder / "tokenizer_2"),
-        "tokenizer_t5": T5Tokenizer.load(folder / "tokenizer_3") if settings.t5 == "on" else None,
+        "tokenizer_l": CLIPTokenizer.load(clip_l),
+        "tokenizer_g": CLIPTokenizer.load(clip_g),
+        "tokenizer_t5": t5 and T5Tokenizer.load(t5),
     }
 
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from mmdit.attention import attention_by
 from mmdit.driver.batch import Drawing
+from mmdit.driver.fingerprint import with_adapters
 from mmdit.driver.loading import Parts, check_there, load_parts, part_dtype
 from mmdit.driver.settings import LOADED, Settings, alone, interval_of, settings_from, split_lora
 from mmdit.errors import SettingsError
@@ -245,7 +246,9 @@ class Pipeline:
     @property
     def actual(self) -> dict[str, Any]:
         """What "auto" came to, and the adapters that are in."""
-        return {"device": self.device.type, "dtype": self.parts.dtype_name, "lora": self.adapters.settings}
+        lora = self.adapters.settings
+        weights = with_adapters(self.parts.fingerprint, lora)
+        return {"device": self.device.type, "dtype": self.parts.dtype_name, "lora": lora, "weights": weights}
 
     def check(self, settings: Settings) -> Settings:
         """The settings with defaults filled in; raises SettingsError for what this model cannot do."""

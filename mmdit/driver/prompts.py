@@ -6,20 +6,15 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from common.errors import SettingsError
+from common.paths import user_path
 from mmdit.driver.output import check_writable, is_file, picture_path, settings_in, stem
-from mmdit.driver.settings import LOADED, Settings, alone, settings_from, split_lora, user_path
-from mmdit.errors import SettingsError
+from mmdit.driver.settings import LOADED, OF_THE_RUN, Settings, alone, identity, keywords, settings_from
 
 JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
-
-# What belongs to a whole run, not to one of its pictures.
-OF_THE_RUN = ("memory", "dump", "prompts")
-# What does not change a picture, but for rounding. `count` is 1 for every picture alone.
-NOT_SEEN = (*OF_THE_RUN, "device", "out", "count")
 
 
 class Line(NamedTuple):
@@ -112,7 +107,7 @@ def from_json(text: str) -> dict[str, Any]:
 
 def picture_settings(given: dict[str, Any], base: Settings) -> Settings:
     """`base` with what a line says; SettingsError for what is not a picture's own."""
-    own = [f.name for f in fields(Settings) if f.name not in (*LOADED, *OF_THE_RUN)]
+    own = [name for name in keywords(base) if name not in (*LOADED, *OF_THE_RUN)]
     for name in given:
         if name in LOADED:
             raise SettingsError(f"{name} is fixed when the model is loaded, for all lines: give it as an option")
@@ -180,15 +175,3 @@ class Folders:
                 for name in {path.stem, re.sub(r"-\d+$", "", path.stem)}:
                     files.setdefault(name, []).append(path)
         return self._files[folder].get(wanted, [])
-
-
-def identity(settings: Settings) -> object:
-    """What two settings have in common that draw the same picture; hashable."""
-
-    def same(path: str) -> str:
-        return os.path.abspath(os.path.expanduser(path))
-
-    paths = ("model", "clip_l", "clip_g", "t5xxl", "vae", "tokenizers")
-    loras = tuple((same(path), scale) for path, scale in map(split_lora, settings.lora))
-    values = {f.name: getattr(settings, f.name) for f in fields(Settings) if f.name not in (*NOT_SEEN, "lora")}
-    return tuple((n, same(v) if n in paths and v is not None else v) for n, v in values.items()), loras
