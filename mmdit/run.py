@@ -126,7 +126,9 @@ def draw(
     if dump is not None:
         from safetensors.torch import save_file
 
+        start = time.perf_counter()
         save_dump(lambda path: save_file(trace, path), Path(dump).expanduser())
+        seconds["save"] += time.perf_counter() - start
         give(dump)
 
 

@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.errors import SettingsError
-from common.options import from_one, option
+from common.options import from_one, option, wrong
+
+_MOST_STEPS = 100_000
 
 
 def interval_of(text: str | None) -> tuple[float, float]:
@@ -20,6 +22,12 @@ def interval_of(text: str | None) -> tuple[float, float]:
     return low, high
 
 
+def _check_steps(name: str, value: Any) -> None:
+    from_one(name, value)
+    if value > _MOST_STEPS:
+        raise wrong(name, value, f"at most {_MOST_STEPS}")
+
+
 def _check_interval(_: str, value: Any) -> None:
     interval_of(value)
 
@@ -28,7 +36,7 @@ def _check_interval(_: str, value: Any) -> None:
 class SamplerOptions:
     """How it is denoised"""
 
-    steps: int | None = option(None, "denoising steps", usual=28, metavar="N", check=from_one)
+    steps: int | None = option(None, "denoising steps", usual=28, metavar="N", check=_check_steps)
     cfg: float | None = option(
         None, "guidance scale; 1 is without guidance, at half the cost", usual=4.5, metavar="X"
     )  # fmt: skip

@@ -19,11 +19,12 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from toys import Ran, toy_folder
 
+from common.files import sweep
 from mmdit.driver import output
-from mmdit.driver.output import settings_in, sweep
+from mmdit.driver.output import settings_in
 from mmdit.driver.pipeline import Pipeline
-from mmdit.driver.prompts import identity, read_prompts
-from mmdit.driver.settings import Settings
+from mmdit.driver.prompts import read_prompts
+from mmdit.driver.settings import Settings, identity
 from mmdit.run import main
 
 ROOT = Path(__file__).parents[1]
@@ -73,9 +74,9 @@ def desk(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Des
 
 def tally(ran: Ran) -> tuple[int, int]:
     """How many were written and skipped, by the report."""
-    match = re.match(r"(\d+) written(?:, \d+\.\d a minute)?; (\d+) skipped", ran.lines[-2])
+    match = re.match(r"(\d+) written(?:, \d+\.\d a minute)?; (\d+) skipped", ran.errors[-2])
     assert match, ran
-    assert (ran.code, ran.errors, len(ran.lines) - 2) == (0, [], int(match[1]))
+    assert (ran.code, len(ran.errors), len(ran.lines)) == (0, 2, int(match[1]))
     return int(match[1]), int(match[2])
 
 
@@ -211,8 +212,9 @@ def test_pictures_and_a_second_run(desk: Desk) -> None:
     desk.list(with_out(desk))
     ran = desk.run()
     assert tally(ran) == (7, 1)
-    assert sorted(ran.lines[:-2]) == [str(desk.out / name) for name in NAMES]
-    assert re.fullmatch(r"import \S+ s, load \S+ s, encode \S+ s, denoise .*, save \S+ s; \S+ s in all", ran.lines[-1])
+    assert sorted(ran.lines) == [str(desk.out / name) for name in NAMES]
+    times = r"import \S+ s, load \S+ s, encode \S+ s, denoise .*, save \S+ s; \S+ s in all"
+    assert re.fullmatch(times, ran.errors[-1])
     files = desk.files()
     assert sorted(files) == NAMES
     for name in NAMES:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.errors import SettingsError
+from common.options import Mark, marked
 from common.paths import user_path
 from mmdit.driver.output import check_writable, is_file, picture_path, settings_in, stem
-from mmdit.driver.settings import LOADED, OF_THE_RUN, Settings, alone, identity, keywords, settings_from
+from mmdit.driver.settings import Settings, alone, identity, keywords, settings_from
 
 JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
 
@@ -107,11 +108,12 @@ def from_json(text: str) -> dict[str, Any]:
 
 def picture_settings(given: dict[str, Any], base: Settings) -> Settings:
     """`base` with what a line says; SettingsError for what is not a picture's own."""
-    own = [name for name in keywords(base) if name not in (*LOADED, *OF_THE_RUN)]
+    loaded, of_the_run = marked(base, Mark.LOADED), marked(base, Mark.OF_THE_RUN)
+    own = [name for name in keywords(base) if name not in (*loaded, *of_the_run)]
     for name in given:
-        if name in LOADED:
+        if name in loaded:
             raise SettingsError(f"{name} is fixed when the model is loaded, for all lines: give it as an option")
-        if name in OF_THE_RUN:
+        if name in of_the_run:
             raise SettingsError(f"{name} belongs to the whole run: give it as an option; a line has {', '.join(own)}")
     settings = settings_from(given, base)
     if "prompt" not in given:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from common.errors import SettingsError
-from common.options import Mark, check_options, marked
+from common.options import Mark, check_options, marked, shown
 from common.paths import split_scale as split_lora
 from common.paths import user_path
 from mmdit.config import MMDiTConfig
@@ -49,7 +49,6 @@ class Settings(
 
 
 LOADED = marked(Settings, Mark.LOADED)
-OF_THE_RUN = marked(Settings, Mark.OF_THE_RUN)
 SD35_MEDIUM_DEFAULTS = {f.name: usual for f in fields(Settings) if (usual := f.metadata["usual"]) is not None}
 
 
@@ -97,7 +96,9 @@ def check_size(settings: Settings, config: MMDiTConfig, downscale: int) -> None:
         if side is None:
             continue
         if side > largest:
-            raise SettingsError(f"{name} {side} is more than the model's table of positions allows: {largest} at most")
+            raise SettingsError(
+                f"{name} {shown(side)} is more than the model's table of positions allows: {largest} at most"
+            )
         if side % multiple:
             below, above = side // multiple * multiple, (side // multiple + 1) * multiple
             nearest = " or ".join(str(s) for s in (below, above) if 0 < s <= largest)
