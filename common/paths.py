@@ -8,10 +8,12 @@ from common.errors import SettingsError
 
 def user_path(name: str, text: str) -> Path:
     """The path that a setting of this name gives, `~` filled in; SettingsError where it cannot be looked at."""
+    if "\0" in text:
+        raise SettingsError(f"{name}: {text}: no path has the character NUL")
     try:
         path = Path(text).expanduser()
         path.exists()
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError) as error:
         raise SettingsError(f"{name}: {text}: {getattr(error, 'strerror', None) or error}") from None
     return path
 
