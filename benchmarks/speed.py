@@ -142,7 +142,8 @@ def operations(pipe: Pipeline, size: int, batch: int, tokens: int) -> float:
     """Floating-point operations of one guided step, counted where no memory is needed."""
     config = pipe.transformer.config
     model, cells = on_meta(MMDiT, config, pipe.dtype), size // pipe.vae.config.downscale
-    with torch.device("meta"), FlopCounterMode(display=False) as counter, attention_by("math"):
+    attention_by(model, "math")  # whose products are counted
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
         latent = torch.empty(2 * batch, config.in_channels, cells, cells, dtype=pipe.dtype)
         context = torch.empty(2 * batch, tokens, config.hidden_size, dtype=pipe.dtype)
         positions = torch.empty(1, (cells // config.patch_size) ** 2, config.hidden_size)

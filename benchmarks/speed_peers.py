@@ -35,8 +35,9 @@ def ours(pipe: Any, inputs: Inputs) -> Step:
     latent, *_ = inputs.doubled(pipe.device, pipe.dtype)
     context, pooled = (t.to(pipe.device, pipe.dtype) for t in (inputs.context, inputs.pooled))
     pipe.residency.use("transformer")
-    prepared = Prepared(pipe.transformer, context, pooled, len(inputs.latent), [float(inputs.sigma)])
-    return lambda: prepared(latent, inputs.sigma)
+    prepared = Prepared(pipe.transformer, context, pooled, [float(inputs.sigma)])
+    rows = [text for text in range(len(pooled)) for _ in inputs.latent]
+    return lambda: prepared(latent, inputs.sigma, rows)
 
 
 def diffusers(folder: Path, dtype: str, device: str) -> Any:

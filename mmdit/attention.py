@@ -4,42 +4,36 @@ A probe of what attends to what needs no change: forward hooks on a block's `att
 and keys, text and image apart.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmdit import cores
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
     """Softmax attention over all tokens, without mask, scaled by 1 / sqrt(head size).
 
-    q: `(B, N, heads, head size)`; k, v: `(B, M, heads, head size)`. Returns `(B, N, heads * head size)`.
+    q: `(B, N, heads, head size)`; k, v: `(B, M, heads, head size)`. backend: of BACKENDS; `missing` tells whether it is
+    there. Returns `(B, N, heads * head size)`.
     """
-    name = "sdpa" if q.is_meta and _chosen != "math" else _chosen
+    name = "sdpa" if q.is_meta and backend != "math" else backend
     return rearrange(BACKENDS[name](q, k, v), "b n h d -> b n (h d)")
 
 
-@contextmanager
-def attention_by(name: str) -> Iterator[None]:
-    """Have `attention` computed by one of BACKENDS in what follows; `missing` tells whether it is there."""
-    global _chosen
-    before, _chosen = _chosen, name
-    try:
-        yield
-    finally:
-        _chosen = before
-
-
-def chosen() -> str:
-    return _chosen
+def attention_by(model: nn.Module, backend: str) -> None:
+    """Have the attention of a built model computed by one of BACKENDS from now on."""
+    assert backend in BACKENDS, backend
+    modules: list[Any] = [module for module in model.modules() if hasattr(module, "backend")]
+    for module in modules:
+        module.backend = backend
 
 
 def missing(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -107,5 +101,4 @@ BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "cudnn": cudnn,
     "math": math,
 }
-_chosen = "auto"
 _MANY = 1 << 18  # scores of a head that are worth handing to another thread

@@ -8,13 +8,14 @@ its plain products, uses them. The scores are float32 as in the fused kernel: a 
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import cache, lru_cache
 from threading import Barrier
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from mmdit.kernels.process import Switch
 
 _SCORES = 1 << 20  # of one core at a time: 4 MB, and half as much in bfloat16
 _LARGEST = 64.0  # score, as a power of two, up to which no sum of powers can overflow
@@ -31,7 +32,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     heads = iter([tuple(t[b, :, h] for t in (q, k, v, out)) for b in range(q.shape[0]) for h in range(q.shape[2])])
     threads = torch.get_num_threads()
-    with rounded_products():
+    with rounded_products:
         for done in [workers(threads).submit(work, heads, q.shape[1], k.shape[1]) for _ in range(threads)]:
             done.result()
     return out
@@ -67,13 +68,12 @@ def workers(count: int) -> ThreadPoolExecutor:
     return pool
 
 
-@contextmanager
-def rounded_products() -> Iterator[None]:
-    """Float32 matrices multiplied in bfloat16, added up in float32; a setting of the whole process."""
-    matmul: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
+def _products() -> Any:
+    return torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
+
+
+# Float32 matrices multiplied in bfloat16, added up in float32. It is a setting of the process: whoever multiplies
+# float32 matrices in another thread meanwhile gets them so too.
+rounded_products = Switch(
+    lambda: _products().fp32_precision, lambda value: setattr(_products(), "fp32_precision", value), "bf16"
+)

@@ -127,7 +127,7 @@ class JointBlock(nn.Module):
         x_qkv = self.x_block.to_qkv(x, x_modulation)  # 3 x (B, N, H, D / H)
         context_qkv = self.context_block.to_qkv(context, context_modulation)  # 3 x (B, M, H, D / H)
         q, k, v = (torch.cat(pair, dim=1) for pair in zip(context_qkv, x_qkv))
-        attended = attention(q, k, v)  # (B, M + N, D); in the last block, whose context asks nothing, (B, N, D)
+        attended = self.x_block.attn.attend(q, k, v)  # (B, M + N, D); the last block's context asks nothing: (B, N, D)
         context_attended, x_attended = attended.split([q.shape[1] - x.shape[1], x.shape[1]], dim=1)
         return context_attended, x_attended
 
@@ -171,7 +171,7 @@ class DualBlock(Block):
 
     def finish(self, x: Tensor, attended: Tensor, modulation: Modulation) -> Tensor:
         _, _, gate, shift_mlp, scale_mlp, gate_mlp, shift2, scale2, gate2 = modulation
-        attended2 = attention(*self.attn2.to_qkv(self.norm1(x, shift2, scale2)))
+        attended2 = self.attn2.attend(*self.attn2.to_qkv(self.norm1(x, shift2, scale2)))
         x = torch.addcmul(torch.addcmul(x, gate, self.attn.proj(attended)), gate2, self.attn2.proj(attended2))
         return torch.addcmul(x, gate_mlp, self.mlp(self.norm2(x, shift_mlp, scale_mlp)))
 
@@ -202,6 +202,8 @@ class LastContextBlock(nn.Module):
 class SelfAttention(nn.Module):
     """Projections into and out of the attention; the attention itself is `mmdit.attention`."""
 
+    backend = "auto"  # who computes it; `mmdit.attention.attention_by` sets it for a whole model
+
     def __init__(self, config: MMDiTConfig, output: bool = True) -> None:
         super().__init__()
         width, head = config.hidden_size, config.head_size
@@ -216,6 +218,10 @@ class SelfAttention(nn.Module):
         """x `(B, N, D)` to queries, keys and values, each `(B, N, H, D / H)`."""
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b n h d", three=3, d=self.head_size)
         return self.ln_q(q), self.ln_k(k), v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """What tokens that ask `(B, N, H, D / H)` gather from those that answer `(B, M, H, D / H)`: `(B, N, D)`."""
+        return attention(q, k, v, self.backend)
 
 
 class MLP(nn.Module):

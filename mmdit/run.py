@@ -107,27 +107,22 @@ def draw(
     pipeline: "Pipeline", wanted: list[tuple[Settings, Path]], dump: str | None, seconds: dict[str, float]
 ) -> None:
     """Draw and write pictures, each with the file that it is to go to; the time of each stage is added to `seconds`."""
-    from mmdit.driver.pipeline import Drawing
+    from mmdit.driver.loop import Drawing
+    from mmdit.driver.watch import Trace
 
     pictures, paths = [s for s, _ in wanted], [path for _, path in wanted]
     for folder in {path.parent for path in paths}:
         sweep(folder)
-    trace = {}
+    traces = [] if dump is None else [Trace()]
     with Saver(give) as save:
-        if dump is None:
-            drawn = Drawing(pipeline, pictures, seconds)
-        else:
-            result = pipeline.run(replace(pictures[0], count=len(pictures)), trace)
-            seconds |= result.seconds
-            drawn = enumerate(result.images)
-        for i, image in drawn:
+        for i, image in Drawing(pipeline, pictures, traces, seconds):
             save(image, replace(pictures[i], **pipeline.actual), paths[i])
     seconds["save"] = save.waited
     if dump is not None:
         from safetensors.torch import save_file
 
         start = time.perf_counter()
-        save_dump(lambda path: save_file(trace, path), Path(dump).expanduser())
+        save_dump(lambda path: save_file(traces[0].tensors, path), Path(dump).expanduser())
         seconds["save"] += time.perf_counter() - start
         give(dump)
 

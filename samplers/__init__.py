@@ -5,12 +5,49 @@ from typing import TYPE_CHECKING
 from common.lazy import lazy
 
 if TYPE_CHECKING:
-    from samplers.guidance import classifier_free_guidance
+    from samplers.flow import (
+        NEGATIVE,
+        PROMPT,
+        Evaluation,
+        Guidance,
+        Guiding,
+        Point,
+        Solver,
+        Solving,
+        Step,
+        Velocity,
+        drawing,
+        guided,
+        solver,
+    )
+    from samplers.guidance import classifier_free_guidance, unguided
     from samplers.schedule import shift_sigma, shifted_sigmas
-    from samplers.solvers import Step, euler
+    from samplers.solvers import euler
 
-__all__ = ["Step", "classifier_free_guidance", "euler", "shift_sigma", "shifted_sigmas"]
+__all__ = [
+    "NEGATIVE",
+    "PROMPT",
+    "Evaluation",
+    "Guidance",
+    "Guiding",
+    "Point",
+    "Solver",
+    "Solving",
+    "Step",
+    "Velocity",
+    "classifier_free_guidance",
+    "drawing",
+    "euler",
+    "guided",
+    "shift_sigma",
+    "shifted_sigmas",
+    "solver",
+    "unguided",
+]
+_FLOW = ["NEGATIVE", "PROMPT", "Evaluation", "Guidance", "Guiding", "Point", "Solver", "Solving", "Step", "Velocity"]
 __getattr__ = lazy(__name__, {
-    "guidance": ["classifier_free_guidance"], "schedule": ["shift_sigma", "shifted_sigmas"],
-    "solvers": ["Step", "euler"],
+    "flow": [*_FLOW, "drawing", "guided", "solver"],
+    "guidance": ["classifier_free_guidance", "unguided"],
+    "schedule": ["shift_sigma", "shifted_sigmas"],
+    "solvers": ["euler"],
 })  # fmt: skip

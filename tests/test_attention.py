@@ -6,11 +6,14 @@ import math
 
 import pytest
 import torch
+from reference import randomize
 from torch import Tensor
 
 from mmdit import cores
-from mmdit.attention import BACKENDS, attention, attention_by, chosen, missing
-from mmdit.driver.settings import ATTENTIONS
+from mmdit.attention import BACKENDS, attention, attention_by, missing
+from mmdit.config import TOY
+from mmdit.options import ATTENTIONS
+from mmdit.model import MMDiT
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -46,8 +49,7 @@ def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @pytest.mark.parametrize(("name", "device", "dtype"), THERE)
 def test_attention_is_the_formula(name: str, device: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     q, k, v = draw(shape, dtype, device)
-    with attention_by(name):
-        found = attention(q, k, v)
+    found = attention(q, k, v, name)
     expected = written_out(q, k, v)
     assert found.dtype == dtype and found.shape == expected.shape
     most = 1e-5 if (device, dtype) == ("cuda", torch.float32) else AUTO[dtype]  # three products in TF32
@@ -95,12 +97,21 @@ def test_gradients_flow_by_the_default(dtype: torch.dtype) -> None:
         assert float((one.double() - other).norm() / other.norm()) <= (1e-5 if dtype == torch.float32 else 0.02)
 
 
-def test_a_choice_ends_with_its_block() -> None:
-    with pytest.raises(KeyError), attention_by("math"):
-        raise KeyError(chosen())
-    assert chosen() == "auto"
-    with attention_by("math"):
-        assert chosen() == "math"
+def test_a_choice_is_one_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every attention of that model, joint and second, is computed by it, and none of another's."""
+    asked: list[str] = []
+    for name in ("auto", "math"):
+        backend = BACKENDS[name]
+        monkeypatch.setitem(BACKENDS, name, lambda *qkv, n=name, b=backend: asked.append(n) or b(*qkv))
+    one, other = (randomize(MMDiT(TOY), 0) for _ in range(2))
+    attention_by(one, "math")
+    inputs = (torch.randn(1, 16, 8, 8), torch.tensor([0.5]), torch.randn(1, 5, 256), torch.randn(1, 192))
+    attentions = TOY.depth + len(TOY.dual_attention_blocks)
+    expected = other(*inputs)
+    assert asked == ["auto"] * attentions
+    asked.clear()
+    assert float((one(*inputs) - expected).norm() / expected.norm()) <= 1e-5
+    assert asked == ["math"] * attentions
 
 
 def test_settings_name_the_backends() -> None:

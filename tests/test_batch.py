@@ -14,8 +14,9 @@ from test_memory import full  # noqa: F401
 from torch import Tensor
 from toys import toy_folder
 
-from mmdit.driver import batch
-from mmdit.driver.batch import Drawing
+from mmdit.driver import loop
+from mmdit.driver import texts as encoding
+from mmdit.driver.loop import Drawing
 from mmdit.driver.pipeline import Pipeline
 from mmdit.driver.settings import Settings
 from mmdit.errors import SettingsError
@@ -92,7 +93,7 @@ def limited(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, pictures: int) 
     """At most so many pictures at a time."""
     plan = pipeline.planner.plan
     monkeypatch.setattr(
-        pipeline.planner, "plan", lambda job, budget, **_: replace(plan(job, budget), batch=min(job.count, pictures))
+        pipeline.planner, "plan", lambda job, budget, *_: replace(plan(job, budget), batch=min(job.count, pictures))
     )
 
 
@@ -136,7 +137,7 @@ def test_equal_shapes_are_one_batch(pipeline: Pipeline, cfg: float, rows: int) -
 def test_batches_are_as_equal_as_can_be(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seven where five would be fast are four and three, not five and two."""
     tokens = 2 * (6 * 4 + 20)
-    monkeypatch.setattr(batch, "_TOKENS_ELSEWHERE", 5 * tokens)
+    monkeypatch.setattr(loop, "_TOKENS_ELSEWHERE", 5 * tokens)
     seen = sizes(pipeline)
     assert len(list(pipeline.draw_many([{"prompt": "a horse", "count": 7}]))) == 7
     assert seen == [8] * 3 + [6] * 3
@@ -177,7 +178,7 @@ def test_texts_that_are_too_many_to_keep(
     """The list is drawn in parts; the pictures are the same."""
     expected = {settings: np.asarray(image, int) for settings, image in pipeline.draw_many(LIST)}
     encoded.clear()
-    monkeypatch.setattr(batch, "_KEPT_AT_MOST", 3 * (77 + 40) * 256 * 4)
+    monkeypatch.setattr(encoding, "_KEPT_AT_MOST", 3 * (77 + 40) * 256 * 4)
     found = dict(pipeline.draw_many(LIST))
     assert found.keys() == expected.keys()
     assert all(np.abs(np.asarray(image, int) - expected[s]).max() <= 1 for s, image in found.items())
@@ -268,7 +269,7 @@ def test_encoders_that_left_stay_away(pipeline: Pipeline, monkeypatch: pytest.Mo
     job = pipeline.job(drawing.pictures[0])
     for modes in (everything, without):
         pipeline.follow(replace(pipeline.plan, modes=modes), job)
-        assert drawing.plan_for(job, "auto").modes == modes
+        assert drawing._plan(job).modes == modes
     assert len(list(drawing)) == 1
     assert pipeline.plan.modes == everything
 
@@ -290,9 +291,9 @@ def test_texts_of_their_own_take_what_is_predicted(
         Residency(full).arrange(modes)
         context = torch.empty(rows, 77 + 256, 4096, dtype=torch.bfloat16, device="meta")
         pooled = torch.empty(rows, 2048, dtype=torch.bfloat16, device="meta")
-        velocity = Prepared(full["transformer"].module, context, pooled, 1, torch.linspace(1, 0.1, 28).tolist())
+        prepared = Prepared(full["transformer"].module, context, pooled, torch.linspace(1, 0.1, 28).tolist())
         x = torch.empty(pictures, 16, 64, 64, device="meta")
-        velocity(torch.cat([x] * texts).bfloat16(), torch.tensor(1.0)).float()
+        prepared(torch.cat([x] * texts).bfloat16(), 1.0, range(rows)).float()
     stay = planner.predict(modes, job, pictures, 0).peaks["denoise"] - meter.peak
     assert abs(stay) <= 0.1 * meter.peak
     one = planner.predict(modes, job._replace(apart=False), pictures, 10**12)

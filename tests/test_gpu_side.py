@@ -13,6 +13,8 @@ from mmdit import cores
 from mmdit.attention import BACKENDS
 from mmdit.config import TOY
 from mmdit.driver.pipeline import NotFiniteError, Pipeline
+from mmdit.driver.settings import Settings
+from mmdit.driver.watch import Finite, Stepped
 from mmdit.kernels.compiled import compile_blocks
 from mmdit.memory.plan import DeviceMemoryError, Planner, budget_of, memory_errors
 from mmdit.memory.residency import Mode, Network
@@ -113,11 +115,16 @@ def test_a_gpu_is_asked_about_several_steps_at_a_time(device: str, told: int, ba
     pipe = Pipeline.__new__(Pipeline)
     pipe.device, pipe.dtype = torch.device(device), torch.bfloat16
     for length in (20, 11, 12):
-        watch, fine = pipe.finite_steps(length), min(told, length) - 1
+        watcher, fine, settings = Finite(pipe), min(told, length) - 1, Settings(steps=length)
         steps = [torch.full((1, 2), bad if i >= 10 else 1.0) for i in range(length)]
-        for i, x in enumerate(steps[:fine]):
-            watch(Step(i, torch.tensor(0.5), x, x))
+        events = [
+            Stepped(settings=settings, index=0, step=Step(i, torch.tensor(0.5), x, x, x)) for i, x in enumerate(steps)
+        ]
+        other = torch.ones(1, 2)  # a picture drawn beside it is asked about on its own
+        for i, event in enumerate(events[:fine]):
+            watcher.step(event)
+            watcher.step(Stepped(settings=settings, index=1, step=Step(i, torch.tensor(0.5), other, other, other)))
         with pytest.raises(
             NotFiniteError, match=f"^the latents after step 11 of {length}: NaN or infinity; the weights"
         ):
-            watch(Step(fine, torch.tensor(0.5), steps[fine], steps[fine]))
+            watcher.step(events[fine])

@@ -81,7 +81,7 @@ def test_running_out_of_device_memory_is_the_users_error(folder: Path, monkeypat
     def fail(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("mmdit.driver.pipeline.decode_in_strips", fail)
+    monkeypatch.setattr("mmdit.driver.stages.decode_in_strips", fail)
     with (
         pytest.warns(
             UserWarning, match=r"^decode: memory ran out; trying again with less: .* in strips of \d+ latent rows"

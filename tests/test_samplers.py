@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,23 @@ from hypothesis import strategies as st
 from reference import relative_error
 from torch import Tensor
 
-from samplers import Step, classifier_free_guidance, euler, shift_sigma, shifted_sigmas
+from samplers import (
+    Evaluation,
+    Guidance,
+    Guiding,
+    Point,
+    Solver,
+    Solving,
+    Step,
+    classifier_free_guidance,
+    drawing,
+    euler,
+    guided,
+    shift_sigma,
+    shifted_sigmas,
+    solver,
+    unguided,
+)
 
 ONE_ULP = 1.2e-7  # of float32, relative
 
@@ -181,53 +198,122 @@ def test_euler_keeps_float32(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 4.5, -2.0])
-def test_guidance_is_one_call_on_both_halves(scale: float) -> None:
-    """First half the prompt's, second the negative's; against uncond + scale (cond - uncond) written out."""
+def test_guidance_is_one_evaluation_of_both_texts(scale: float) -> None:
+    """At the point itself, the prompt first; against uncond + scale (cond - uncond) written out."""
     x, cond, uncond = noise(3, 4, 5), noise(3, 4, 5, seed=1), noise(3, 4, 5, seed=2)
-    calls: list[tuple[Tensor, Tensor]] = []
+    calls: list[Evaluation] = []
 
-    def velocity(x: Tensor, sigma: Tensor) -> Tensor:
-        calls.append((x, sigma))
-        return torch.cat([cond, uncond])
+    def predict(*asked: Any) -> tuple[Tensor, Tensor]:
+        calls.append(Evaluation(*asked))
+        return cond, uncond
 
-    guided = classifier_free_guidance(velocity, scale)(x, torch.tensor(0.7))
-    ((both, sigma),) = calls
-    assert torch.equal(both, torch.cat([x, x]))
+    found = guided(predict, classifier_free_guidance(scale))(x, torch.tensor(0.7))
+    ((seen, sigma, texts),) = calls
+    assert seen is x
     assert float(sigma) == pytest.approx(0.7)
+    assert texts == ("prompt", "negative")
     expected = (1 - scale) * uncond.double() + scale * cond.double()
-    assert relative_error(guided, expected) <= 1e-6
+    assert relative_error(found, expected) <= 1e-6
     if scale == 0:
-        assert torch.equal(guided, uncond)
+        assert torch.equal(found, uncond)
 
 
 def test_guidance_inside_euler() -> None:
-    """28 steps are 28 calls on twice the batch; with velocity +-x the guided flow is that of (2 scale - 1) x."""
-    sizes: list[int] = []
+    """28 steps are 28 evaluations; with velocity +-x the guided flow is that of (2 scale - 1) x."""
+    asked: list[tuple[str, ...]] = []
 
-    def velocity(x: Tensor, _: Tensor) -> Tensor:
-        sizes.append(len(x))
-        cond, uncond = x.chunk(2)
-        return torch.cat([cond, -uncond])
+    def predict(x: Tensor, _: Tensor, texts: tuple[str, ...]) -> list[Tensor]:
+        asked.append(texts)
+        return [x if text == "prompt" else -x for text in texts]
 
     x, sigmas = noise(2, 3), shifted_sigmas(28)
-    end = euler(classifier_free_guidance(velocity, 4.5), x, sigmas)
-    assert sizes == [4] * 28
+    end = euler(guided(predict, classifier_free_guidance(4.5)), x, sigmas)
+    assert asked == [("prompt", "negative")] * 28
     assert relative_error(end, euler(lambda x, _: 8.0 * x, x, sigmas)) <= 1e-5
 
 
 @pytest.mark.parametrize(
-    ("interval", "guided"),
+    ("interval", "inside"),
     [((0.0, 1.0), [1, 1, 1, 1]), ((0.2, 0.75), [0, 1, 1, 0]), ((0.5, 0.5), [0, 0, 1, 0]), ((0.8, 0.9), [0, 0, 0, 0])],
 )
-def test_guidance_in_an_interval(interval: tuple[float, float], guided: list[int]) -> None:
-    """Outside it one call on the batch as it is; bounds belong to it. cond 3 x, uncond x: guided (1 + 2 scale) x."""
-    sizes = []
+def test_guidance_in_an_interval(interval: tuple[float, float], inside: list[int]) -> None:
+    """Outside it the prompt alone is evaluated; bounds belong to it. cond 3 x, uncond x: guided (1 + 2 scale) x."""
+    asked: list[tuple[str, ...]] = []
 
-    def velocity(x: Tensor, _: Tensor) -> Tensor:
-        sizes.append(len(x))
-        return 3 * x if len(x) == 2 else torch.cat([3 * x[:2], x[2:]])
+    def predict(x: Tensor, _: Tensor, texts: tuple[str, ...]) -> list[Tensor]:
+        asked.append(texts)
+        return [3 * x if text == "prompt" else x for text in texts]
 
-    x, found = torch.tensor([[1.0], [-2.0]]), classifier_free_guidance(velocity, 4.0, interval)
-    for sigma, inside in zip((1.0, 0.75, 0.5, 0.1), guided):
-        assert torch.equal(found(x, torch.tensor(sigma)), (9 if inside else 3) * x)
-    assert sizes == [4 if inside else 2 for inside in guided]
+    x, found = torch.tensor([[1.0], [-2.0]]), guided(predict, classifier_free_guidance(4.0, interval))
+    for sigma, is_inside in zip((1.0, 0.75, 0.5, 0.1), inside):
+        assert torch.equal(found(x, torch.tensor(sigma)), (9 if is_inside else 3) * x)
+    assert asked == [("prompt", "negative") if is_inside else ("prompt",) for is_inside in inside]
+
+
+# ---- the contract --------------------------------------------------------------------------------
+
+
+@solver(levels=lambda sigmas: torch.stack([sigmas[:-1], (sigmas[:-1] + sigmas[1:]) / 2], dim=1).flatten())
+def midpoint(x: Tensor, sigmas: Tensor) -> Solving:
+    """A solver that needs the velocity between the steps too."""
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        first = yield Point(x, sigma)
+        half = (sigma + sigma_next) / 2
+        second = yield Point(x + (half - sigma) * first, half)
+        x = yield Step(i, sigma, first, x, x + (sigma_next - sigma) * second)
+    return x
+
+
+def three_texts(x: Tensor, sigma: Tensor) -> Guiding:
+    """A guidance of three evaluations, the last at another point, which depends on the first."""
+    a, b = yield Evaluation(x, sigma, ("prompt", "negative"))
+    (c,) = yield Evaluation(x + a, sigma, ("prompt",))
+    return a - b + c
+
+
+@pytest.mark.parametrize("way", [euler, midpoint])
+@pytest.mark.parametrize("guidance", [unguided, classifier_free_guidance(3.0, (0.3, 0.8)), three_texts])
+def test_asked_for_or_called_it_is_the_same(way: Solver, guidance: Guidance) -> None:
+    """A picture's questions, answered one by one, against the solver called with a function; bit for bit."""
+    x, sigmas = noise(1, 3, 2), shifted_sigmas(7)
+
+    def predict(x: Tensor, sigma: Tensor, texts: tuple[str, ...]) -> list[Tensor]:
+        return [(1.5 if text == "prompt" else -0.5) * x.sin() * (1 + sigma) for text in texts]
+
+    steps: list[Step] = []
+    expected = way(guided(predict, guidance), x, sigmas, steps.append)
+    watched: list[Step] = []
+    asking = drawing(way, guidance, x, sigmas, lambda step: watched.append(step) or step.x)
+    asked, levels = next(asking), set()
+    found = None
+    while found is None:
+        levels.add(float(asked.sigma))
+        try:
+            asked = asking.send(predict(*asked))
+        except StopIteration as end:
+            found = end.value
+    assert torch.equal(found, expected)
+    assert len(watched) == len(steps) == 7
+    assert all(torch.equal(a, b) for one, other in zip(watched, steps) for a, b in zip(one[1:], other[1:]))
+    assert levels == set(way.levels(sigmas).tolist())  # all that it asked for was told beforehand
+
+
+def test_who_watches_may_change_the_latents() -> None:
+    """What is given back after a step is what the next goes on with: x halved after each of two steps of +x."""
+    asking = drawing(euler, unguided, torch.ones(1), torch.tensor([1.0, 0.5, 0.0]), lambda step: step.x / 2)
+    asked = next(asking)
+    assert float(asked.x) == 1
+    asked = asking.send([asked.x])
+    assert float(asked.x) == 0.25
+    with pytest.raises(StopIteration) as end:
+        asking.send([asked.x])
+    assert float(end.value.value) == 0.0625
+
+
+def test_the_clean_latents_that_a_step_predicts() -> None:
+    """On a straight way, x = (1 - sigma) clean + sigma noise with velocity noise - clean, they are the clean ones."""
+    clean, start = noise(2, 3), noise(2, 3, seed=1)
+    found: list[Tensor] = []
+    euler(lambda *_: start - clean, start, shifted_sigmas(5), lambda step: found.append(step.denoised))
+    assert len(found) == 5
+    assert all(relative_error(one, clean) <= 1e-5 for one in found)

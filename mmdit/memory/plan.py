@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mmdit.attention import chosen
+from mmdit.attention import attention_by
 from mmdit.errors import SettingsError
 from mmdit.memory.empty import on_meta
 from mmdit.memory.host import available_bytes, own_bytes
@@ -48,6 +48,9 @@ class Job(NamedTuple):
     texts: int  # for each picture: 2 with guidance, else 1
     t5_length: int
     apart: bool = False  # whether each picture has texts of its own, else all have the same
+    attention: str = "auto"  # who computes it
+    memory: str = "auto"  # the budget, as a user gives it
+    waiting: int = 0  # bytes of texts, encoded, that wait in the host's memory
 
 
 @dataclass(frozen=True)
@@ -306,12 +309,13 @@ class Planner:
         def step(model: Any) -> object:
             context = torch.empty(texts, length, config.context_size, dtype=self._dtype, device="meta")
             pooled = torch.empty(texts, config.pooled_size, dtype=self._dtype, device="meta")
-            velocity = Prepared(model, context, pooled, each)
-            latents = torch.cat([torch.empty(size, device="meta")] * job.texts)
-            return velocity(latents.to(self._dtype), torch.tensor(1.0)).float()
+            attention_by(model, job.attention)
+            latents = torch.cat([torch.empty(size, device="meta")] * job.texts).to(self._dtype)
+            rows = [text for text in range(texts) for _ in range(each)]
+            return Prepared(model, context, pooled)(latents, 1.0, rows).float()
 
         return self._once(
-            (size, job.texts, texts, length, chosen()),
+            (size, job.texts, texts, length, job.attention),
             lambda: peak_bytes(step, network.change(on_meta(MMDiT, short, self._dtype))),
         )
 

@@ -1,0 +1,249 @@
+"""The one loop: any number of pictures, step by step; each leaves it as soon as it is done."""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from common.options import Mark, marked
+from mmdit.driver.settings import Settings, interval_of
+from mmdit.driver.stages import Stages
+from mmdit.driver.texts import Text, Texts, encode, parts, texts_of
+from mmdit.driver.watch import Drawn, Encoded, Event, Finite, Progress, Stepped, Watcher
+from mmdit.memory.plan import Job, Plan
+from mmdit.memory.residency import Mode
+from mmdit.prepared import Prepared, Row
+from samplers import Evaluation, Guidance, Step, classifier_free_guidance, drawing, euler, shifted_sigmas, unguided
+
+_TOKENS = {"cuda": 2**16}  # denoised at a time: more are no faster, and make the first picture late
+_TOKENS_ELSEWHERE = 2**13
+
+# What may differ between pictures that are drawn together: each row of a batch has its own. All else, whatever is
+# added to Settings, has to agree.
+OWN = marked(Settings, Mark.OWN)
+
+
+def kind(s: Settings) -> Settings:
+    """What pictures have in common that may be drawn together; hashable."""
+    return replace(s, **{name: getattr(Settings, name) for name in OWN})
+
+
+def guidance_of(s: Settings) -> Guidance:
+    assert s.cfg is not None
+    return unguided if s.cfg == 1 else classifier_free_guidance(s.cfg, interval_of(s.cfg_interval))
+
+
+class Picture:
+    """A picture on its way: what it asks the network next, and when that is nothing more, its latents."""
+
+    def __init__(
+        self, index: int, settings: Settings, noise: Tensor, sigmas: Tensor, tell: "Callable[[Picture, Event], None]"
+    ) -> None:
+        """noise: `(1, C, h, w)`, float32, where it is to be denoised. sigmas: the noise levels of its steps.
+
+        tell: called after each of them.
+        """
+        self.index, self.settings, self.noise, self.sigmas = index, settings, noise, sigmas
+        self.prepared: Prepared | None = None
+        self.texts: dict[str, int] = {}  # its rows in `prepared`
+        self.stopped = False
+        self._tell = tell
+        self.begin()
+
+    def begin(self) -> None:
+        self._way: Any = drawing(euler, guidance_of(self.settings), self.noise, self.sigmas, self._step)
+        self.asked: Evaluation | None = next(self._way)
+        self.latents: Tensor | None = None
+
+    def answer(self, velocities: Sequence[Tensor]) -> None:
+        """Go on with what was asked for, until the next question or the end; after an error, it begins anew."""
+        try:
+            self.asked = self._way.send(velocities)
+        except StopIteration as end:
+            self.asked, self.latents = None, end.value
+        except BaseException:
+            self.begin()  # what it was on its way through is closed
+            raise
+
+    def levels(self) -> list[float]:
+        """The noise levels that are still to come."""
+        assert self.asked is not None
+        return [level for level in euler.levels(self.sigmas).tolist() if level <= float(self.asked.sigma)]
+
+    def _step(self, step: Step) -> Tensor:
+        self._tell(self, Stepped(settings=self.settings, index=self.index, step=step))
+        return step.x
+
+
+class Canvas:
+    """Pictures that are denoised together, each at a noise level of its own; they come and go between steps."""
+
+    def __init__(self, stages: Stages, texts: Texts) -> None:
+        """texts: all that the pictures have, encoded."""
+        self._stages, self._texts = stages, texts
+        self.on_way: list[Picture] = []  # add to it between steps
+        self.done: list[Picture] = []
+
+    def leave(self, most: int = 0) -> list[Picture]:
+        """Forget what was prepared, and let go all pictures but the first so many; they may come back."""
+        for picture in self.on_way:
+            picture.prepared = None
+        gone, self.on_way = self.on_way[most:], self.on_way[:most]
+        return gone
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Answer every picture's question, all by one evaluation of the network."""
+        self._prepare([picture for picture in self.on_way if picture.prepared is None])
+        asked: list[tuple[Row, Picture, Tensor]] = []
+        for picture in self.on_way:
+            assert picture.asked is not None and picture.prepared is not None
+            x, sigma, names = picture.asked
+            asked += [(Row(picture.prepared, float(sigma), picture.texts[name]), picture, x) for name in names]
+        asked.sort(key=lambda one: (id(one[0].prepared), -one[0].sigma, one[0].text))  # as `predict` likes it best
+        latents = torch.cat([x for _, _, x in asked])  # (R, C, h, w)
+        attention = self.on_way[0].settings.attention
+        velocities = self._stages.predict(latents, [row for row, _, _ in asked], attention).split(1)
+        found = {(id(picture), row.text): one for (row, picture, _), one in zip(asked, velocities)}
+        for picture in self.on_way:
+            assert picture.asked is not None
+            picture.answer([found[id(picture), picture.texts[name]] for name in picture.asked.texts])
+        now = [picture for picture in self.on_way if not picture.stopped]
+        self.done += [picture for picture in now if picture.asked is None]
+        self.on_way = [picture for picture in now if picture.asked is not None]
+
+    def _prepare(self, pictures: list[Picture]) -> None:
+        """Have the texts of these pictures ready at the noise levels that they still ask for."""
+        if not pictures:
+            return
+        texts: dict[Text, int] = {}
+        for picture in pictures:
+            own = texts_of(picture.settings)
+            picture.texts = {name: texts.setdefault(text, len(texts)) for name, text in own.items()}
+        levels = dict.fromkeys(level for picture in pictures for level in picture.levels())
+        prepared = self._stages.prepare([self._texts[text] for text in texts], levels)
+        for picture in pictures:
+            picture.prepared = prepared
+
+
+class Drawing:
+    """Pictures to be drawn: iterating over it draws, and gives each with its index as soon as it is done."""
+
+    def __init__(
+        self,
+        stages: Stages,
+        pictures: Sequence[Settings],
+        watchers: Sequence[Watcher] = (),
+        seconds: dict[str, float] | None = None,
+    ) -> None:
+        """pictures: each with count 1, and as `Stages.check` returns it. seconds: of each stage, added up here.
+
+        Raises SettingsError where one of them does not fit into the memory.
+        """
+        self._stages, self.pictures = stages, pictures
+        self._seconds = {} if seconds is None else seconds
+        self._watchers, self._ended = [Finite(stages), *watchers], False
+        for s in {kind(s): s for s in pictures}.values():
+            with stages.turn:
+                stages.plan_for(stages.job(s))
+
+    def __iter__(self) -> Iterator[tuple[int, Image.Image]]:
+        stages, steps = self._stages, sum(s.steps or 0 for s in self.pictures)
+        with Progress(steps, len(self.pictures)) as bar:
+            self._watchers.append(bar)
+            try:
+                for part, waiting in parts(stages, self.pictures):
+                    with stages.turn:
+                        texts = encode(stages, [self.pictures[i] for i in part], waiting, self._seconds)
+                    kinds: dict[Settings, list[int]] = {}
+                    for i in part:
+                        kinds.setdefault(kind(self.pictures[i]), []).append(i)
+                    for alike in kinds.values():
+                        yield from self._draw(alike, texts, waiting)
+            finally:
+                self._watchers.remove(bar)
+                with stages.turn:
+                    stages.residency.use(None)
+
+    def _draw(self, alike: list[int], texts: Texts, waiting: int) -> Iterator[tuple[int, Image.Image]]:
+        """The pictures with these indices, which are of one kind. waiting: bytes of `texts`."""
+        first = self.pictures[alike[0]]
+        apart = len({tuple(texts_of(self.pictures[i]).values()) for i in alike}) > 1
+        job = self._stages.job(first, waiting=waiting, apart=apart)
+        job = job._replace(count=self._at_a_time(job, len(alike)))
+        canvas, queue = Canvas(self._stages, texts), deque[int | Picture](alike)
+        with self._stages.turn:
+            plan = self._plan(job)
+        while queue and not self._ended:
+            with self._stages.turn:
+                self._stages.follow(plan, job)
+                self._stages.stage("denoise", job, self._seconds, partial(self._denoise, canvas, queue, texts))
+                plan = self._stages.plan  # a smaller one where memory ran out
+            while canvas.done and not self._ended:
+                picture = canvas.done.pop(0)
+                with self._stages.turn:
+                    if self._stages.plan is not plan:  # the networks were used for something else meanwhile
+                        self._stages.follow(plan, job)
+                    image = self._decode(picture, job)
+                    plan = self._stages.plan
+                if not picture.stopped:
+                    yield picture.index, image
+
+    def _denoise(self, canvas: Canvas, queue: "deque[int | Picture]", texts: Texts) -> None:
+        """Take pictures from the queue, as many as the plan has room for, until all of them are done.
+
+        Called again after memory ran out, it goes on from the last step, with as many as there is room for now.
+        """
+        most = self._stages.plan.batch
+        queue.extendleft(reversed(canvas.leave(most)))
+        while queue and len(canvas.on_way) < most:
+            picture = queue.popleft()
+            picture = self._begin(picture, texts) if isinstance(picture, int) else picture
+            canvas.on_way += [] if picture.stopped else [picture]
+        while canvas.on_way and not self._ended:
+            canvas.step()
+        canvas.leave()
+
+    def _begin(self, index: int, texts: Texts) -> Picture:
+        s = self.pictures[index]
+        assert s.width and s.height and s.steps
+        sigmas = shifted_sigmas(s.steps, self._stages.shift)
+        noise = self._stages.noise(s.width, s.height, [s.seed]).to(self._stages.device)
+        picture = Picture(index, s, noise, sigmas, self._tell)
+        own = {name: texts[text] for name, text in texts_of(s).items()}
+        self._tell(picture, Encoded(settings=s, index=index, texts=own, noise=noise, sigmas=sigmas))
+        return picture
+
+    def _decode(self, picture: Picture, job: Job) -> Image.Image:
+        latents = picture.latents
+        assert latents is not None
+        pixels = self._stages.stage("decode", job, self._seconds, lambda: self._stages.decode(latents))
+        image = Image.fromarray(pixels[0].numpy())
+        self._tell(picture, Drawn(settings=picture.settings, index=picture.index, image=image))
+        return image
+
+    def _tell(self, picture: Picture, event: Event) -> None:
+        for watcher in self._watchers:
+            event.tell(watcher)
+        picture.stopped |= event.stopped
+        self._ended |= event.ended
+
+    # ---- memory ----------------------------------------------------------------------------------
+
+    def _plan(self, job: Job) -> Plan:
+        """The fastest plan for pictures whose texts are encoded: encoders that are not on the device stay away."""
+        plan, now = self._stages.plan_for(job), self._stages.plan.modes
+        encoders = [name for name in now if name not in ("transformer", "vae")]
+        away = {name: now[name] for name in encoders if now[name] is not Mode.RESIDENT}
+        return replace(plan, modes={**plan.modes, **away})
+
+    def _at_a_time(self, job: Job, pictures: int) -> int:
+        """How many to denoise at a time where memory is no matter: as equal batches as can be."""
+        tokens = job.texts * (job.rows * job.columns // self._stages.transformer.config.patch_size**2 + job.t5_length)
+        most = max(1, _TOKENS.get(self._stages.device.type, _TOKENS_ELSEWHERE) // tokens)
+        return -(-pictures // -(-pictures // most))

@@ -1,0 +1,251 @@
+"""The stages of a picture, one by one: encode, noise, velocity, decode; and the memory that each is given.
+
+An experiment calls them one by one, wraps the velocity, or takes another sampler. Calls take turns: whatever thread a
+stage is called from, it has the networks for itself until it returns.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from threading import RLock
+from time import perf_counter
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from mmdit.attention import attention_by
+from mmdit.driver.fingerprint import with_adapters
+from mmdit.driver.loading import Parts, check_there, part_dtype
+from mmdit.driver.settings import LOADED, Settings
+from mmdit.errors import SettingsError
+from mmdit.kernels.process import Switch
+from mmdit.memory.plan import DeviceMemoryError, Job, Plan, Planner, budget_of, memory_errors
+from mmdit.memory.residency import Residency
+from mmdit.model import MMDiT
+from mmdit.prepared import Prepared, Row, predict
+from samplers import NEGATIVE, PROMPT, Velocity, classifier_free_guidance, guided, unguided
+from text_encoders import Conditioning
+from vae import Autoencoder, decode_in_strips
+
+T = TypeVar("T")
+
+# Whoever computes on the CPU: two at once would share its cores, and the precision of products is the process's.
+_CPU = RLock()
+
+
+class NotFiniteError(ValueError):
+    """A stage gave NaN or infinity; the message names the stage and what to try."""
+
+
+class Stages:
+    """A loaded model's networks, what is on the device of them, and what they do."""
+
+    def __init__(self, parts: Parts, settings: Settings) -> None:
+        """settings: what loading fixed is read from it (`LOADED`).
+
+        `plan` is what is on the device when; `turn` is held by whoever uses the networks.
+        """
+        networks = parts.networks
+        self.transformer: MMDiT = networks["transformer"].module
+        self.vae: Autoencoder = networks["vae"].module
+        self.text, self.adapters = parts.text, parts.adapters
+        self.defaults, self.shift, self.device, self.dtype = parts.defaults, parts.shift, parts.device, parts.dtype
+        self.parts, self.settings = parts, settings
+        self.residency, self.planner = Residency(networks), Planner(networks, self.device, self.dtype)
+        self.turn = _CPU if self.device.type == "cpu" else RLock()
+        self._attention = "auto"  # that of the transformer as it was built
+
+    # ---- settings --------------------------------------------------------------------------------
+
+    @property
+    def actual(self) -> dict[str, Any]:
+        """What "auto" came to, and the adapters that are in."""
+        lora = self.adapters.settings
+        weights = with_adapters(self.parts.fingerprint, lora)
+        return {"device": self.device.type, "dtype": self.parts.dtype_name, "lora": lora, "weights": weights}
+
+    def check(self, settings: Settings) -> Settings:
+        """The settings with defaults filled in; raises SettingsError for what this model cannot do."""
+        for name in LOADED:
+            value, fixed = getattr(settings, name), getattr(self.settings, name)
+            if value != fixed and value != self.actual.get(name, fixed):
+                raise SettingsError(f"{name} is fixed when the model is loaded: give it to Pipeline.load")
+        settings = self.parts.check(settings)
+        check_there(settings, self.device, self.dtype)
+        return settings
+
+    # ---- memory ----------------------------------------------------------------------------------
+
+    def job(self, s: Settings, **more: Any) -> Job:
+        """What settings, all filled in, ask of the memory. more: fields of a Job that they do not tell."""
+        assert s.width and s.height and s.steps and s.t5_length
+        config, cell = self.transformer.config, self.vae.config.downscale
+        largest = config.pos_embed_max_size * config.patch_size  # a default may be more than the model can do
+        rows, columns = (min(side // cell, largest) for side in (s.height, s.width))
+        t5_length = 0 if s.t5 == "omit" else s.t5_length
+        job = Job(rows, columns, s.count, s.steps, 1 if s.cfg == 1 else 2, t5_length)
+        return job._replace(attention=s.attention, memory=s.memory, **more)
+
+    def plan_for(self, job: Job) -> Plan:
+        """The fastest plan that draws this within its budget; SettingsError where none does.
+
+        On a CPU texts that wait take of the same memory; they are few, and what is left is more where that is needed.
+        """
+        budget, exact = budget_of(job.memory, self.device), job.memory != "auto"
+        waiting = job.waiting if self.device.type == "cpu" else 0
+        try:
+            return self.planner.plan(job, budget - waiting, exact)
+        except SettingsError:
+            if not waiting:
+                raise
+        return self.planner.plan(job, budget, exact)
+
+    def follow(self, plan: Plan, job: Job) -> None:
+        """Have on the device what the plan for this job says, or the next smaller one where memory runs out."""
+        self.plan = plan
+        self.again("loading", job, self.arrange)
+
+    def arrange(self) -> None:
+        with memory_errors("loading"):
+            self.residency.arrange(self.plan.modes, self.plan.kept)
+
+    def again(self, name: str, job: Job, work: Callable[[], T]) -> T:
+        """What `work` gives; where memory runs out, take the next smaller plan and call it once again."""
+        failures = 0
+        while True:
+            try:
+                if failures:
+                    self.arrange()
+                return work()
+            except DeviceMemoryError as error:
+                failures, told = failures + 1, str(error)  # not the error itself: it holds all that the attempt made
+            self.residency.use(None)
+            self.residency.drop()  # it may have been the host's memory that ran out
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()  # libraries that ask the driver for memory see none of what PyTorch holds
+            plan = self.planner.smaller(job, self.plan, name) if failures == 1 else None
+            if plan is None:
+                raise DeviceMemoryError(told)
+            warnings.warn(f"{name}: memory ran out; trying again with less: {plan}", stacklevel=3)
+            self.plan = plan
+
+    def stage(self, name: str, job: Job, seconds: dict[str, float], work: Callable[[], T]) -> T:
+        """Add a stage's time to `seconds`; where memory runs out, `work` is called once `again`."""
+        start = perf_counter()
+        result = self.again(name, job, lambda: self.attempt(name, work))
+        seconds[name] = seconds.get(name, 0.0) + perf_counter() - start
+        return result
+
+    def attempt(self, name: str, work: Callable[[], T]) -> T:
+        with memory_errors(name):
+            return work()
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """In turn, and with convolutions as exact as the number format."""
+        exact = self.dtype == torch.float32 and torch.cuda.is_available()
+        with self.turn, exact_convolutions if exact else nullcontext():
+            yield
+
+    # ---- stages ----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode(self, texts: list[str], t5_length: int) -> Conditioning:
+        """Texts to context `(B, n, context_size)` and pooled vectors `(B, pooled_size)`, in one pass."""
+        with self.computing():
+            text = replace(self.text, t5_length=t5_length).encode(texts)
+        clip = text.tokens["clip_l"].shape[1]
+        self.check_finite(text.context[:, :clip], "CLIP's context")
+        self.check_finite(text.context[:, clip:], "T5's context")
+        self.check_finite(text.pooled, "CLIP's pooled vector")
+        return text
+
+    def noise(self, width: int, height: int, seeds: Iterable[int]) -> Tensor:
+        """The starting latents, float32 `(B, C, h, w)`, drawn on the CPU so that every device starts alike."""
+        config, cell = self.vae.config, self.vae.config.downscale
+        shape = (config.latent_channels, height // cell, width // cell)
+        return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
+
+    def prepare(self, texts: Sequence[Conditioning], sigmas: Iterable[float] = ()) -> Prepared:
+        """Encoded texts, one after another, ready to be predicted with; sigmas: the noise levels to expect."""
+        with self.computing():
+            context = torch.cat([text.context for text in texts]).to(self.device, self.dtype)
+            pooled = torch.cat([text.pooled for text in texts]).to(self.device, self.dtype)
+            self.residency.use("transformer")
+            return Prepared(self.transformer, context, pooled, sigmas)
+
+    def predict(self, latents: Tensor, rows: Sequence[Row], attention: str | None = None) -> Tensor:
+        """The network's velocity of latents `(R, C, h, w)`, each by its own text and noise level; float32 in and out.
+
+        attention: who computes it, if not whoever was named when the model was loaded.
+        """
+        with self.computing():
+            self.attend_by(attention or self.settings.attention)
+            self.residency.use("transformer")
+            return predict(latents.to(self.device, self.dtype), rows).float()
+
+    def attend_by(self, attention: str) -> None:
+        if attention != self._attention:
+            attention_by(self.transformer, attention)
+            self._attention = attention
+
+    def velocity(
+        self,
+        cond: Conditioning,
+        uncond: Conditioning | None = None,
+        cfg: float = 1.0,
+        count: int = 1,
+        sigmas: Iterable[float] = (),
+        interval: tuple[float, float] = (0.0, 1.0),
+        attention: str | None = None,
+    ) -> Velocity:
+        """What a sampler integrates: a function of latents `(count, C, h, w)` and sigma, float32 in and out.
+
+        cond, uncond: texts of batch 1 or `count`; without `uncond` there is no guidance. sigmas: the noise levels that
+        the sampler will ask for, if they are known; they are prepared together. interval: the noise levels, least and
+        greatest, at which there is guidance. attention: as in `predict`. Gradients with respect to the latents flow,
+        except on a GPU while the transformer comes block by block.
+        """
+        texts = {PROMPT: cond} if uncond is None else {PROMPT: cond, NEGATIVE: uncond}
+        prepared = self.prepare(list(texts.values()), sigmas)
+        rows, first = {}, 0
+        for name, text in texts.items():
+            each = len(text.pooled)
+            assert each in (1, count), f"{each} texts for {count} latents"
+            rows[name] = [first + i * each // count for i in range(count)]
+            first += each
+
+        def evaluate(x: Tensor, sigma: Tensor, names: tuple[str, ...]) -> Sequence[Tensor]:
+            wanted = [Row(prepared, float(sigma), row) for name in names for row in rows[name]]
+            return self.predict(torch.cat([x] * len(names)), wanted, attention).chunk(len(names))
+
+        return guided(evaluate, unguided if uncond is None else classifier_free_guidance(cfg, interval))
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents `(B, C, h, w)` to pixels, uint8 `(B, H, W, 3)` on the CPU, rounded to the nearest level."""
+        with self.computing():
+            self.residency.use("vae")
+            latents = latents.to(self.device, part_dtype("vae", self.dtype))
+            rows = self.plan.strip or latents.shape[2]
+            pictures = decode_in_strips(self.vae, latents, rows, "cpu").float()  # (B, 3, H, W)
+        self.check_finite(pictures, "the decoded picture")
+        return ((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+
+    def check_finite(self, values: Tensor, what: str) -> None:
+        """Raise NotFiniteError for NaN or infinity."""
+        if not bool(torch.isfinite(values).all()):
+            raise self.not_finite(what)
+
+    def not_finite(self, what: str) -> NotFiniteError:
+        narrow = "float16 may be too narrow: try --dtype bf16 or --dtype fp32"
+        hint = narrow if self.dtype == torch.float16 else "the weights may be damaged: compare with another copy"
+        return NotFiniteError(f"{what}: NaN or infinity; {hint}")
+
+
+# Float32 convolutions in float32: cuDNN would round their inputs to TF32.
+exact_convolutions = Switch(
+    lambda: torch.backends.cudnn.allow_tf32, lambda value: setattr(torch.backends.cudnn, "allow_tf32", value), False
+)

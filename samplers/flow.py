@@ -1,0 +1,134 @@
+"""What solvers and guidance are: generators that ask for what they need, so that any number of them can be answered
+together.
+
+A solver walks along d x / d sigma = velocity(x, sigma). It yields a `Point` where it needs the velocity and is sent it;
+it yields a `Step` when one is done and is sent the latents to go on with, the step's own unless somebody changed them;
+it returns the last. A guidance makes that velocity: it yields the `Evaluation`s of the network that it needs, is sent
+for each a velocity for every text in it, and returns one.
+"""
+
+from collections.abc import Callable, Generator, Sequence
+from functools import update_wrapper
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+PROMPT, NEGATIVE = "prompt", "negative"  # the texts that a picture has
+
+Velocity = Callable[[Tensor, Tensor], Tensor]  # of latents and sigma, shaped as the latents
+
+
+class Point(NamedTuple):
+    """Where a solver needs the velocity."""
+
+    x: Tensor  # (B, ...)
+    sigma: Tensor  # a scalar on the CPU: reading it must not wait for a GPU
+
+
+class Step(NamedTuple):
+    """A step that was taken."""
+
+    index: int  # 0 to steps - 1
+    sigma: Tensor  # the noise level that it began at
+    velocity: Tensor  # the velocity there, after guidance, shaped as x
+    before: Tensor  # the latents there
+    x: Tensor  # the latents after the step
+
+    @property
+    def denoised(self) -> Tensor:
+        """The clean latents that the velocity points to: x = (1 - sigma) clean + sigma noise, velocity = noise - clean.
+
+        Esser et al. 2024 (arXiv 2403.03206), equations 13 and 14.
+        """
+        return self.before - self.sigma * self.velocity
+
+
+class Evaluation(NamedTuple):
+    """What a guidance asks of the network: the velocity at a point, once for each of these texts."""
+
+    x: Tensor
+    sigma: Tensor
+    texts: tuple[str, ...]
+
+
+Solving = Generator[Point | Step, Tensor, Tensor]
+Guiding = Generator[Evaluation, Sequence[Tensor], Tensor]
+Guidance = Callable[[Tensor, Tensor], Guiding]
+Predict = Callable[[Tensor, Tensor, tuple[str, ...]], Sequence[Tensor]]  # an Evaluation's parts to what it is sent
+
+
+def _levels(sigmas: Tensor) -> Tensor:
+    return sigmas[:-1]
+
+
+class Solver:
+    """A solver, made by decorating its generator with `solver`."""
+
+    def __init__(self, steps: Callable[[Tensor, Tensor], Solving], levels: Callable[[Tensor], Tensor]) -> None:
+        """steps: of latents and sigmas. levels: all noise levels that it will ask for on its way along `sigmas`."""
+        self.steps, self.levels = steps, levels
+        update_wrapper(self, steps)
+
+    def __call__(
+        self, velocity: Velocity, x: Tensor, sigmas: Tensor, callback: Callable[[Step], object] | None = None
+    ) -> Tensor:
+        """The latents at `sigmas[-1]`, from the latents x at `sigmas[0]`.
+
+        velocity: takes x and a scalar sigma. x: of any shape; keep it in float32, since the small last steps would
+        drown in a shorter type. sigmas: falling, `(steps + 1,)`. callback: called after each step; what it raises ends
+        the run.
+        """
+        solving: Any = self.steps(x, sigmas)
+        answer = None
+        while True:
+            try:
+                told = solving.send(answer)
+            except StopIteration as end:
+                return end.value
+            if isinstance(told, Point):
+                answer = velocity(*told)
+                continue
+            if callback is not None:
+                callback(told)
+            answer = told.x
+
+
+def solver(levels: Callable[[Tensor], Tensor] = _levels) -> Callable[[Callable[[Tensor, Tensor], Solving]], Solver]:
+    """Make a generator of latents and sigmas a Solver.
+
+    levels: the noise levels that it asks for, of sigmas; where none is given, those at which steps begin.
+    """
+    return lambda steps: Solver(steps, levels)
+
+
+def drawing(
+    solver: Solver, guidance: Guidance, x: Tensor, sigmas: Tensor, watch: Callable[[Step], Tensor]
+) -> Generator[Evaluation, Sequence[Tensor], Tensor]:
+    """One picture's whole way, from noise x to the latents that it returns, as questions to the network.
+
+    watch: called after each step; gives the latents to go on with.
+    """
+    solving: Any = solver.steps(x, sigmas)
+    answer = None
+    while True:
+        try:
+            told = solving.send(answer)
+        except StopIteration as end:
+            return end.value
+        answer = (yield from guidance(*told)) if isinstance(told, Point) else watch(told)
+
+
+def guided(predict: Predict, guidance: Guidance) -> Velocity:
+    """The velocity that a guidance makes of a network, for a solver that is called as a function."""
+
+    def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+        guiding: Any = guidance(x, sigma)
+        answer = None
+        while True:
+            try:
+                asked = guiding.send(answer)
+            except StopIteration as end:
+                return end.value
+            answer = predict(*asked)
+
+    return velocity
