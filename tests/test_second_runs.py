@@ -74,19 +74,17 @@ def test_settings_of_loading(desk: Desk) -> None:
     tensors = load_file(desk.model / "text_encoder" / "model.safetensors")
     save_file({name: tensor * 1.5 for name, tensor in tensors.items()}, desk.folder / "clip.safetensors")
     other = shutil.copytree(desk.model, desk.folder / "other")
-    vae = load_file(other / "vae" / "diffusion_pytorch_model.safetensors")
-    save_file(
-        {name: tensor * 1.5 for name, tensor in vae.items()}, other / "vae" / "diffusion_pytorch_model.safetensors"
-    )
+    vae = other / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor * 1.5 for name, tensor in load_file(vae).items()}, vae)
     assert len(desk.list({})) == 1
     for options in (
         ("--quantise", "int8"),
         ("--clip-l", desk.folder / "clip.safetensors"),
         ("--vae", vae),
-        ("--model", other),
         ("--t5", "off"),
     ):
         assert [len(desk.list({}, options=options)) for _ in range(2)] == [1, 0], options
+    assert desk.list({}, options=("--model", other)) == []  # the model with this autoencoder
     assert desk.list({}) == []
 
 

@@ -21,9 +21,11 @@ _WHOLE = 32 << 20  # bytes of a file that is read whole
 _BLOCKS, _BLOCK = 2048, 4096  # of others
 
 
-def of_model(components: Mapping[str, Component], shift: float, tokenizers: Iterable[Path]) -> str:
+def of_model(
+    components: Mapping[str, Component], configs: Mapping[str, object], shift: float, tokenizers: Iterable[Path]
+) -> str:
     """A hash of the networks' files and configurations, the noise schedule's shift, and the tokenizers' folders."""
-    told = {name: [component.config, *map(of_file, component.files)] for name, component in components.items()}
+    told = {name: [repr(configs[name]), *map(of_file, component.files)] for name, component in components.items()}
     return _hash([sorted(told.items()), shift, [_of_folder(folder) for folder in tokenizers]])
 
 

@@ -115,7 +115,8 @@ def load_parts(settings: Settings) -> Parts:
         t5_mode=settings.t5,
         width=modules["transformer"].config.context_size,
     )
-    fingerprint = of_model(components, shift, folders)
+    configs = {name: module.config for name, module in modules.items()}
+    fingerprint = of_model(components, configs, shift, folders)
     return Parts(networks, text, adapters, defaults, shift, device, dtype, fingerprint)
 
 
