@@ -48,6 +48,11 @@ class Inputs:
         self.pooled = torch.randn(1, config.pooled_size, generator=generator)
         self.sigma = torch.tensor([0.8])
 
+    def on(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Latents, context, pooled vector, sigma (float32) and picture as a network takes them."""
+        latent, context, pooled = (t.to(device, dtype) for t in (self.noise, self.context, self.pooled))
+        return latent, context, pooled, self.sigma.to(device), self.picture.to(device, dtype)
+
     def at(self, dtype: str) -> "Inputs":
         """The same for a pipeline of another number format."""
         other = copy.copy(self)
@@ -67,21 +72,25 @@ def ours(pipe: Pipeline, inputs: Inputs) -> Outputs:
         out["t5 sequence"] = pipe.text.t5(text.tokens["t5"])
     out["context"], out["pooled"] = text.context, text.pooled
     dtype = pipe.transformer.context_embedder.weight.dtype
-    arguments = (inputs.noise, inputs.context, inputs.pooled)
-    latent, context, pooled = (t.to(dtype) for t in arguments)
-    out["transformer"] = pipe.transformer(latent, inputs.sigma, context, pooled)
-    out["vae encode"] = pipe.vae.encode(inputs.picture.to(dtype))[0]
+    latent, context, pooled, sigma, picture = inputs.on(pipe.device, dtype)
+    out["transformer"] = pipe.transformer(latent, sigma, context, pooled)
+    out["vae encode"] = pipe.vae.encode(picture)[0]
     out["vae decode"] = pipe.vae.decode(latent)
     out["sigmas"] = shifted_sigmas(inputs.settings.steps or 1, pipe.shift)
     trace: Outputs = {}
     pipe.run(replace(inputs.settings, prompt=PROMPTS[0]), trace)
     out["loop latents"] = trace[f"latents.{(inputs.settings.steps or 1) - 1}"]
     out["image"] = trace["image"]
-    return {name: t if t.dtype in (torch.int64, torch.uint8) else t.float() for name, t in out.items()}
+    return there(out)
+
+
+def there(out: Outputs) -> Outputs:
+    """Tokens and pixels as they are, all else in float32, on the CPU."""
+    return {name: (t if t.dtype in (torch.int64, torch.uint8) else t.float()).cpu() for name, t in out.items()}
 
 
 @torch.no_grad()
-def theirs(folder: Path, dtype: torch.dtype, inputs: Inputs) -> Outputs:
+def theirs(folder: Path, dtype: torch.dtype, device: str, inputs: Inputs) -> Outputs:
     """The same by diffusers and transformers."""
     from diffusers import StableDiffusion3Pipeline  # pyright: ignore[reportPrivateImportUsage]
 
@@ -89,6 +98,7 @@ def theirs(folder: Path, dtype: torch.dtype, inputs: Inputs) -> Outputs:
     without = {} if settings.t5 == "on" else {"text_encoder_3": None, "tokenizer_3": None}
     pipe: Any = StableDiffusion3Pipeline.from_pretrained(folder, dtype=dtype, **without)
     pipe.set_progress_bar_config(disable=True)
+    pipe.to(device)
     names = {"clip_l": ("", "tokenizer"), "clip_g": ("_2", "tokenizer_2"), "t5": ("_3", "tokenizer_3")}
     for name, (suffix, tokenizer) in names.items():
         if getattr(pipe, tokenizer) is None:
@@ -100,26 +110,26 @@ def theirs(folder: Path, dtype: torch.dtype, inputs: Inputs) -> Outputs:
         out[f"tokens {name}"] = told.input_ids
         encoder = getattr(pipe, f"text_encoder{suffix}")
         if name == "t5":
-            out["t5 sequence"] = encoder(told.input_ids)[0]
+            out["t5 sequence"] = encoder(told.input_ids.to(device))[0]
         else:
-            result = encoder(told.input_ids, output_hidden_states=True)
+            result = encoder(told.input_ids.to(device), output_hidden_states=True)
             out[f"{name} sequence"], out[f"{name} pooled"] = result.hidden_states[-2], result.text_embeds
     keywords = {"max_sequence_length": settings.t5_length}
     encoded = pipe.encode_prompt(PROMPTS, None, None, do_classifier_free_guidance=False, **keywords)
     out["context"], out["pooled"] = encoded[0], encoded[2]
-    latent, context, pooled = (t.to(dtype) for t in (inputs.noise, inputs.context, inputs.pooled))
-    out["transformer"] = pipe.transformer(latent, context, pooled, 1000 * inputs.sigma, return_dict=False)[0]
+    latent, context, pooled, sigma, picture = inputs.on(torch.device(device), dtype)
+    out["transformer"] = pipe.transformer(latent, context, pooled, 1000 * sigma, return_dict=False)[0]
     scale, shift = pipe.vae.config.scaling_factor, pipe.vae.config.shift_factor
-    out["vae encode"] = (pipe.vae.encode(inputs.picture.to(dtype)).latent_dist.mode() - shift) * scale
+    out["vae encode"] = (pipe.vae.encode(picture).latent_dist.mode() - shift) * scale
     out["vae decode"] = pipe.vae.decode(latent / scale + shift, return_dict=False)[0]
     sides = {"width": settings.width, "height": settings.height, "num_inference_steps": settings.steps}
-    arguments = {"guidance_scale": settings.cfg, "latents": inputs.noise.to(dtype), **sides, **keywords}
+    arguments = {"guidance_scale": settings.cfg, "latents": latent, **sides, **keywords}
     out["loop latents"] = pipe(PROMPTS[0], negative_prompt="", output_type="latent", **arguments).images
     out["sigmas"] = pipe.scheduler.sigmas
     decoded = pipe.vae.decode(out["loop latents"] / scale + shift, return_dict=False)[0]
     picture = pipe.image_processor.postprocess(decoded, output_type="pt")
     out["image"] = (picture * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
-    return {name: t if t.dtype in (torch.int64, torch.uint8) else t.float() for name, t in out.items()}
+    return there(out)
 
 
 def freed(make: Callable[[], Outputs]) -> Outputs:
@@ -141,13 +151,15 @@ def main() -> None:
     parser.add_argument("--t5-length", type=int)
     parser.add_argument("--t5", choices=("on", "off"), default="on")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where both sides compute")
     parser.add_argument("--direct", action="store_true", help="do not compute in float32, compare directly")
     args = parser.parse_args()
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore", FutureWarning)
+    torch.backends.cudnn.allow_tf32 = False  # or a GPU rounds the inputs of the other side's convolutions
 
     def load(dtype: str) -> Pipeline:
-        return Pipeline.load(args.folder, dtype=dtype, device="cpu", t5=args.t5)
+        return Pipeline.load(args.folder, dtype=dtype, device=args.device, t5=args.t5)
 
     pipe: Pipeline | None = load(args.dtype)
     wanted = {name: getattr(args, name) for name in ("width", "height", "steps", "cfg", "t5_length", "seed")}
@@ -155,10 +167,11 @@ def main() -> None:
     mine = ours(pipe, inputs)
     pipe = None  # one model at a time: two of full size in float32 are more than most machines hold
 
-    other = freed(lambda: theirs(args.folder, DTYPES[args.dtype], inputs))
+    other = freed(lambda: theirs(args.folder, DTYPES[args.dtype], args.device, inputs))
     direct = args.direct or args.dtype == "fp32"
     reference = other if direct else ours(load("fp32"), inputs.at("fp32"))
-    print(f"{args.folder}, {args.dtype}, torch {torch.__version__}")
+    where = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
+    print(f"{args.folder}, {args.dtype}, {where}, torch {torch.__version__}")
     report: dict[str, Any] = {"dtype": args.dtype}
     if direct:
         print(f"{'component':16} error against diffusers and transformers")

@@ -75,7 +75,7 @@ def test_a_configuration_counts(model: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(model, tmp_path / "copy")
     for file, key, value in (
         ("vae/config.json", "shift_factor", 0.05),
-        ("scheduler/scheduler_config.json", "shift", 2),
+        ("scheduler/scheduler_config.json", "shift", 2.0),
     ):
         before = of(copy)
         path = copy / file

@@ -27,6 +27,13 @@ SEAMS = {
 }  # fmt: skip
 
 
+READMES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("**/README.md") if ".venv" not in path.parts)
+
+
+def text_of(readme: str) -> str:
+    return (ROOT / readme).read_text(encoding="utf-8")
+
+
 def sources(*folders: str) -> list[Path]:
     return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
 
@@ -72,20 +79,100 @@ def test_the_model_alone_loads_nothing_else() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_readme_names_every_file_of_the_tree() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def imports(path: Path) -> set[Path]:
+    """The project's files that a file imports, anywhere and for types too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        for name in names:
+            file = ROOT / f"{name.replace('.', '/')}.py"
+            found |= {file} if file.exists() else set()
+    return found
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    edges = {path: imports(path) for path in sources(*PACKAGES, "benchmarks", "tests")}
+    done: set[Path] = set()
+
+    def visit(path: Path, way: tuple[Path, ...]) -> None:
+        assert path not in way, " -> ".join(p.name for p in (*way[way.index(path) :], path))
+        if path not in done:
+            for other in edges.get(path, ()):
+                visit(other, (*way, path))
+            done.add(path)
+
+    for path in edges:
+        visit(path, ())
+    assert len(done) > 100 and sum(map(len, edges.values())) > 300
+
+
+def named_in(readme: str) -> set[str]:
+    """The Python files that a README names, each by its path from the README's folder, if there is one."""
+    folder = (ROOT / readme).parent
+    room, names = "", set()
+    for line in (ROOT / readme).read_text(encoding="utf-8").splitlines():
+        cells = line.split("|")
+        if line.startswith("| ") and len(cells) > 3:
+            rooms = re.findall(r"`([\w/]+/)`", cells[1])
+            room = rooms[0] if rooms else room if not cells[1].strip() else ""
+        names |= {place + name for name in re.findall(r"`([\w/]+\.py)`", line) for place in ("", room)}
+    return {name for name in names if (folder / name).exists()}
+
+
+def test_every_file_of_the_driver_has_its_line() -> None:
+    named = named_in("mmdit/README.md")
     for path in sources("mmdit"):
-        assert path.name == "__init__.py" or f"  {path.name} " in readme, f"{path.name} is not in the README's tree"
+        name = path.relative_to(ROOT / "mmdit").as_posix()
+        assert path.name == "__init__.py" or name in named, f"{name} is not in mmdit/README.md"
 
 
-@pytest.mark.parametrize("link", re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text(encoding="utf-8")))
-def test_readme_links_lead_somewhere(link: str) -> None:
-    assert link.startswith("https://") or (ROOT / link).exists()
+def test_every_file_of_weights_has_its_line() -> None:
+    named = named_in("weights/README.md")
+    for path in (ROOT / "weights").glob("*.py"):
+        assert path.name.startswith("__") or path.name in named, f"{path.name} is not in weights/README.md"
 
 
-def table(heading: str) -> list[list[str]]:
-    """The cells of the README's table whose first column has this heading."""
-    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+def test_a_stranger_reads_two_hundred_lines() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
+
+
+def test_where_do_i_change_what_names_what_is_there() -> None:
+    """Files, folders and tests of every row."""
+    for what, *cells in table("README.md", "to change"):
+        for name in re.findall(r"`([^`]+)`", " ".join(cells)):
+            for word in name.split():
+                if "/" in word:
+                    assert list(ROOT.glob(word.rstrip("/"))), (what, word)
+
+
+LINKS = [(name, link) for name in READMES for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text_of(name))]
+
+
+@pytest.mark.parametrize(("readme", "link"), LINKS)
+def test_links_lead_somewhere(readme: str, link: str) -> None:
+    assert link.startswith("https://") or ((ROOT / readme).parent / link).exists()
+
+
+def anchors(path: Path) -> set[str]:
+    """What can be linked to in a file, as GitHub names its headings."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_into_files_lead_to_headings() -> None:
+    for readme in READMES:
+        for file, anchor in re.findall(r"\]\(([^)#]*)#([^)]+)\)", text_of(readme)):
+            target = (ROOT / readme).parent / file if file else ROOT / readme
+            assert anchor in anchors(target), (readme, file, anchor)
+
+
+def table(readme: str, heading: str) -> list[list[str]]:
+    """The cells of a README's table whose first column has this heading."""
+    lines = text_of(readme).splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith(f"| {heading} |"))
     rows = itertools.takewhile(lambda line: line.startswith("|"), lines[start + 2 :])
     return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows]
@@ -96,17 +183,17 @@ OTHER_ROWS = ("GGUF: every type", "Hugging Face id", "PEFT folder: LoHa", "refus
 
 
 @pytest.mark.parametrize(("heading", "rows"), [("layout", ROWS), ("dialect", DIALECTS), ("kind", KINDS)])
-def test_readme_lists_what_is_tested_and_no_more(heading: str, rows: Sequence[Any]) -> None:
-    named = [cells[0] for cells in table(heading)]
+def test_tables_list_what_is_tested_and_no_more(heading: str, rows: Sequence[Any]) -> None:
+    cells_of = table("weights/README.md", heading)
+    named = [cells[0] for cells in cells_of]
     assert len(named) == len(set(named))
     assert {name for name in named if not name.startswith(OTHER_ROWS)} == {row.name for row in rows}
-    for cells in table(heading):
+    for cells in cells_of:
         assert "::" in cells[-1], cells[0]
 
 
-def test_tests_that_the_readme_names_are_there() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    named = re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", readme)
+def test_tests_that_are_named_are_there() -> None:
+    named = re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", "".join(map(text_of, READMES)))
     assert len(named) > 50
     for file, function in named:
         tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))

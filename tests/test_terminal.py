@@ -152,6 +152,6 @@ def test_the_program_is_installed() -> None:
     """Under its name, with its licence and the notice on the demo's glyphs."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["scripts"] == {"mmdit": "mmdit.run:command"}
-    assert (project["license"], project["license-files"]) == ("Apache-2.0", ["LICENSE", "NOTICE"])
+    assert (project["license"], project["license-files"]) == ("Apache-2.0", ["LICENSE", "weights/demo/NOTICE"])
     assert "Version 2.0, January 2004" in (ROOT / "LICENSE").read_text(encoding="utf-8")
-    assert "SIL Open Font License, Version 1.1" in (ROOT / "NOTICE").read_text(encoding="utf-8")
+    assert "SIL Open Font License, Version 1.1" in (ROOT / "weights" / "demo" / "NOTICE").read_text(encoding="utf-8")
