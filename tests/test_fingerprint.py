@@ -11,11 +11,12 @@ from adapters import FC1, WIDTH, lora
 from safetensors.torch import load_file, save_file
 from toys import toy_folder
 
-from common.errors import SettingsError
-from mmdit.driver.fingerprint import of_file, with_adapters
 from mmdit.driver.loading import load_parts
+from mmdit.driver.pipeline import Pipeline
 from mmdit.driver.settings import Settings, identity
 from mmdit.run import main
+from weights import CheckpointError
+from weights.fingerprint import of_adapter, of_file, with_adapters
 
 
 @pytest.fixture(scope="module")
@@ -98,18 +99,37 @@ def test_adapters(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     for name, text in {"a": "1", "c": "1", "d": "2", "b/x.safetensors": "1", "b/adapter_config.json": "{}"}.items():
         (tmp_path / name).write_text(text)
-    a, b, c, d = (str(tmp_path / name) for name in "abcd")
 
     def seen(*loras: str) -> object:
-        return identity(Settings(lora=loras, weights=with_adapters("model", loras)))
+        contents = [of_adapter(tmp_path / lora[0]) for lora in loras]
+        return identity(Settings(lora=loras, weights=with_adapters("model", contents)))
 
-    assert seen(a) == seen(c) == seen(f"{a}:1")
-    assert len({seen(), seen(a), seen(d), seen(a, d), seen(d, a), seen(f"{a}:0.5"), seen(b)}) == 7
-    before = seen(b)
+    assert seen("a") == seen("c") == seen("a:1")
+    assert len({seen(), seen("a"), seen("d"), seen("a", "d"), seen("d", "a"), seen("a:0.5"), seen("b")}) == 7
+    before = seen("b")
     (tmp_path / "b" / "adapter_config.json").write_text('{"r": 2}')
-    assert seen(b) != before
-    with pytest.raises(SettingsError, match="cannot be read: No such file"):
-        with_adapters("model", [str(tmp_path / "none")])
+    assert seen("b") != before
+    with pytest.raises(CheckpointError, match="cannot be read: No such file"):
+        seen("none")
+
+
+def test_adapters_that_come_and_go(model: Path, tmp_path: Path) -> None:
+    """A loaded pipeline tells what is in it, also after an adapter's file was replaced or is gone."""
+    for name, rank in (("a", 4), ("b", 3)):
+        save_file(lora(FC1, 4 * WIDTH, WIDTH, rank=rank), tmp_path / f"{name}.safetensors")
+    one, other = (tmp_path / f"{name}.safetensors" for name in "ab")
+    pipe = Pipeline.load(model, lora=[str(one)], device="cpu", dtype="fp32")
+    seen = [pipe.actual["weights"]]
+    assert seen == [of(model, lora=(str(one),)).weights]
+    pipe.adapters.remove()
+    assert pipe.actual["weights"] == of(model).weights
+    shutil.move(other, one)
+    pipe.adapters.add(one)
+    seen.append(pipe.actual["weights"])
+    assert seen[0] != seen[1] == of(model, lora=(str(one),)).weights
+    one.unlink()
+    assert pipe.actual["weights"] == seen[1]
+    assert pipe.check(Settings("a horse", model=str(model), lora=(str(one),))).prompt == "a horse"
 
 
 def test_large_files(tmp_path: Path) -> None:

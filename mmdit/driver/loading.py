@@ -13,7 +13,6 @@ from torch import nn
 from mmdit.attention import missing
 from mmdit.config import MMDiTConfig
 from mmdit.driver.defaults import default_settings
-from mmdit.driver.fingerprint import of_model, with_adapters
 from mmdit.driver.settings import Settings, check_defaults, check_size, split_lora, user_path
 from mmdit.errors import SettingsError
 from mmdit.kernels.compiled import lacking
@@ -34,6 +33,7 @@ from text_encoders import (
 from vae import Autoencoder, VAEConfig
 from weights import Checkpoint, CheckpointError, Component, Source, hub, open_checkpoint, published
 from weights.adapters import Adapters
+from weights.fingerprint import of_adapter, of_model, with_adapters
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DEMO = Path(__file__).parents[2] / "weights" / "demo"
@@ -52,12 +52,12 @@ class Parts(NamedTuple):
     shift: float  # of its noise schedule
     device: torch.device
     dtype: torch.dtype  # of transformer, CLIPs and autoencoder
-    fingerprint: str  # of the files
+    fingerprint: str  # a hash of the model's files
+    weights: str  # the same with the adapters that the settings name
 
     def check(self, settings: Settings) -> Settings:
         """The settings with the model's defaults, dtype and files; SettingsError for what this model cannot do."""
-        weights = with_adapters(self.fingerprint, settings.lora)
-        settings = replace(settings.resolved(self.defaults), dtype=self.dtype_name, weights=weights)
+        settings = replace(settings.resolved(self.defaults), dtype=self.dtype_name, weights=self.weights)
         modules = {name: network.module for name, network in self.networks.items()}
         check_size(settings, modules["transformer"].config, modules["vae"].config.downscale)
         return settings
@@ -105,8 +105,7 @@ def load_parts(settings: Settings) -> Parts:
         else:
             networks[name] = Network(name, modules[name], source, device)
     adapters = Adapters({name: network for name, network in networks.items() if name != "vae"})
-    for lora in settings.lora:
-        adapters.plan(split_lora(lora)[0])
+    planned = [adapters.plan(split_lora(lora)[0]).report.path for lora in settings.lora]
     text = TextEncoder(
         **tokenizers,
         clip_l=modules["clip_l"],
@@ -117,7 +116,8 @@ def load_parts(settings: Settings) -> Parts:
     )
     configs = {name: module.config for name, module in modules.items()}
     fingerprint = of_model(components, configs, shift, folders)
-    return Parts(networks, text, adapters, defaults, shift, device, dtype, fingerprint)
+    weights = with_adapters(fingerprint, [of_adapter(path) for path in planned])
+    return Parts(networks, text, adapters, defaults, shift, device, dtype, fingerprint, weights)
 
 
 PUBLISHED: dict[str, Callable[..., dict[str, Any]]] = {

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from mmdit.attention import attention_by
-from mmdit.driver.fingerprint import with_adapters
 from mmdit.driver.loading import Parts, check_there, part_dtype
 from mmdit.driver.settings import LOADED, Settings
 from mmdit.errors import SettingsError
@@ -28,6 +27,7 @@ from mmdit.prepared import Prepared, Row, predict
 from samplers import NEGATIVE, PROMPT, Velocity, classifier_free_guidance, guided, unguided
 from text_encoders import Conditioning
 from vae import Autoencoder, decode_in_strips
+from weights.fingerprint import with_adapters
 
 T = TypeVar("T")
 
@@ -63,7 +63,7 @@ class Stages:
     def actual(self) -> dict[str, Any]:
         """What "auto" came to, and the adapters that are in."""
         lora = self.adapters.settings
-        weights = with_adapters(self.parts.fingerprint, lora)
+        weights = with_adapters(self.parts.fingerprint, self.adapters.contents)
         return {"device": self.device.type, "dtype": self.parts.dtype_name, "lora": lora, "weights": weights}
 
     def check(self, settings: Settings) -> Settings:

@@ -1,4 +1,4 @@
-"""What weights a picture was drawn with, told from what the files hold and not from where they lie.
+"""Hashes that tell one set of weights from another, made from what the files hold and not from where they lie.
 
 A copy, on another machine for one, is the same; another file under the same name is not. Small files count with every
 byte. Of large ones, which take longer to read than the pictures may take to draw, blocks spread over the whole file
@@ -13,9 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from common.errors import SettingsError
-from common.paths import split_scale, user_path
-from weights import Component
+from weights.component import Component
+from weights.errors import CheckpointError
 
 _WHOLE = 32 << 20  # bytes of a file that is read whole
 _BLOCKS, _BLOCK = 2048, 4096  # of others
@@ -29,31 +28,32 @@ def of_model(
     return _hash([sorted(told.items()), shift, [_of_folder(folder) for folder in tokenizers]])
 
 
-def with_adapters(model: str, loras: Sequence[str]) -> str:
-    """The hash of a model and of the adapters in it, FILE_OR_FOLDER[:SCALE]; their scales do not count."""
-    return _hash([model, *(_of_path(user_path("lora", split_scale(text)[0])) for text in loras)]) if loras else model
+def with_adapters(model: str, adapters: Sequence[str]) -> str:
+    """The hash of a model and of the adapters in it, by their own hashes; their scales do not count."""
+    return _hash([model, *adapters]) if adapters else model
 
 
-def _of_path(path: Path) -> object:
+def of_adapter(path: Path) -> str:
+    """A hash of an adapter, a file or a folder; CheckpointError where it cannot be read."""
     return _of_folder(path) if path.is_dir() else of_file(path)
 
 
-def _of_folder(folder: Path) -> object:
+def _of_folder(folder: Path) -> str:
     """Of weights, configurations and vocabularies; not of files for people, as .md."""
     endings = (".safetensors", ".json", ".txt", ".model")
-    return [(path.name, of_file(path)) for path in sorted(folder.iterdir()) if path.suffix in endings]
+    return _hash([(path.name, of_file(path)) for path in sorted(folder.iterdir()) if path.suffix in endings])
 
 
 def of_file(path: Path) -> str:
-    """A hash of what the file holds; SettingsError where it cannot be read."""
+    """A hash of what the file holds; CheckpointError where it cannot be read."""
     try:
         stat = path.stat()
         return _read(path, stat.st_size, stat.st_mtime_ns)
     except OSError as error:
-        raise SettingsError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
-@lru_cache(maxsize=1000)  # a file of several parts, and an adapter of many pictures, are read once
+@lru_cache(maxsize=1000)  # a file of several parts is read once
 def _read(path: Path, size: int, _: int) -> str:
     found = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
