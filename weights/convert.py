@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from common.errors import SettingsError
 from common.paths import split_scale
 from weights import hub, published
 from weights.adapters.merge import Active, check_scale, merged_tensor, read_changes
@@ -161,7 +162,10 @@ class Values:
 
 
 def _opened(text: str, lookup: Lookup, parts: Sequence[str]) -> Active:
-    path, scale = split_scale(text)
+    try:
+        path, scale = split_scale(text)
+    except SettingsError as error:
+        raise CheckpointError(str(error)) from None
     check_scale(scale)
     plan = make_plan(Path(path).expanduser(), lookup, parts)
     if (warning := plan.report.warning()) is not None:
