@@ -1,56 +1,48 @@
-"""The command line: `python -m mmdit.run "a horse and a bear on a green background"`."""
+"""The command line: `mmdit "a horse and a bear on a green background"`, or `python -m mmdit.run ...`."""
 
-import argparse
 import gc
 import os
 import signal
-import sys
 import time
-import warnings
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from tqdm import tqdm
-
-from mmdit.driver.output import Saver, check_writable, is_file, save_images, sweep, whole_file
+from mmdit.common.command import Parser, exit_code, give, program, say
+from mmdit.common.errors import SettingsError
+from mmdit.common.files import sweep
+from mmdit.common.options import Mark, kind, rooms
+from mmdit.driver.output import Saver, check_writable, is_file, picture_path, save_dump
 from mmdit.driver.prompts import Folders, read_prompts, told_at
-from mmdit.driver.settings import Settings
-from mmdit.errors import SettingsError
+from mmdit.driver.settings import Settings, alone
 
 if TYPE_CHECKING:
     from mmdit.driver.pipeline import Pipeline
     from mmdit.memory.plan import Plan
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong on one line and exits with 2."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"error: {message} (--help lists the options)", file=sys.stderr)
-        raise SystemExit(2)
-
-
-def make_parser() -> Parser:
-    """An option for every field of Settings, under the field's name; the prompt is the one argument, None if absent."""
-    parser = Parser(prog="python -m mmdit.run", description=__doc__, allow_abbrev=False)
-    types = get_type_hints(Settings)
-    for f in fields(Settings):
-        name = "prompt" if f.name == "prompt" else "--" + f.name.replace("_", "-")
-        kind = next(t for t in (*get_args(types[f.name]), types[f.name]) if t is not type(None))
-        metadata = f.metadata
-        more = {"choices": metadata["choices"]} if "choices" in metadata else {}
-        if "metavar" in metadata:
-            more["metavar"] = metadata["metavar"]
-        if kind is bool:
-            parser.add_argument(name, action="store_true", help=metadata["help"])
-            continue
-        more |= {"nargs": "?"} if name == "prompt" else {"default": f.default}
-        if get_origin(types[f.name]) is tuple:
-            more |= {"action": "append", "default": []}
-        shown = "" if f.default in (None, "", ()) or name == "prompt" else " (default: %(default)s)"
-        parser.add_argument(name, type=kind, help=metadata["help"] + shown, **more)
+def make_parser(options: type = Settings) -> Parser:
+    """An option for every field that is one, under its name; the prompt is the one argument, None if absent."""
+    parser = Parser(prog="mmdit", usage="mmdit PROMPT [options], or mmdit --prompts FILE [options]",
+                    description="Draw pictures.", allow_abbrev=False)  # fmt: skip
+    for heading, own in rooms(options).items():
+        group = parser.add_argument_group(heading)
+        for f in own:
+            if Mark.FOUND in f.metadata["marks"]:
+                continue
+            name = "prompt" if f.name == "prompt" else "--" + f.name.replace("_", "-")
+            of, told = kind(options, f.name), f.metadata
+            if of is bool:
+                group.add_argument(name, action="store_true", help=told["help"])
+                continue
+            more: dict[str, Any] = {"nargs": "?"} if name == "prompt" else {"default": f.default}
+            if of is tuple:
+                more |= {"action": "append", "default": []}
+            shown = "" if f.default in (None, "", ()) or name == "prompt" else " (default: %(default)s)"
+            shown = shown if told["usual"] is None else " (default: the model's own)"
+            more |= {key: told[key] for key in ("metavar", "choices") if told[key]}
+            group.add_argument(name, type=str if of is tuple else of, help=told["help"] + shown, **more)
     return parser
 
 
@@ -71,71 +63,68 @@ def settings_of(arguments: Sequence[str] | None) -> Settings:
     return Settings(**given)
 
 
-def draw(settings: Settings) -> None:
-    """Load, draw, save and report."""
-    check_writable(settings)
+def run(settings: Settings) -> None:
+    """Load, draw what is asked for, save each picture while the next are drawn, and report."""
     start = time.perf_counter()
-    from safetensors.torch import save_file
-
-    from mmdit.driver.pipeline import USER_ERRORS, Pipeline  # here, so that --help and mistakes answer at once
-
-    imported = time.perf_counter()
-    try:
-        pipeline = Pipeline.from_settings(settings)
-        settle()
-        loaded = time.perf_counter()
-        pipeline.check(settings)
-        show_plan(pipeline, pipeline.plan)
-        trace = {} if settings.dump else None
-        result = pipeline.run(settings, trace)
-        drawn = time.perf_counter()
-        for path in save_images(result.images, result.settings):
-            print(path)
-        if settings.dump and trace is not None:
-            with whole_file(Path(settings.dump).expanduser()) as partial:
-                save_file(trace, partial)
-            print(settings.dump)
-    except USER_ERRORS as error:
-        raise SettingsError(str(error)) from error
-    seconds = {"import": imported - start, "load": loaded - imported, **result.seconds}
-    seconds["save"] = time.perf_counter() - drawn
-    print(f"{told(seconds)}; {time.perf_counter() - start:.2f} s in all")
-
-
-def draw_list(settings: Settings) -> None:
-    """Draw what a list says and is not there yet; each picture is saved while the next are drawn."""
-    start = time.perf_counter()
-    assert settings.prompts is not None
-    base = replace(settings, prompts=None)
-    lines = read_prompts(settings.prompts, base)
-    from mmdit.driver.loading import load_parts
-    from mmdit.driver.loop import Drawing
+    if settings.prompts is None:
+        check_writable(settings)
+        lines = None
+    else:
+        base = replace(settings, prompts=None)
+        lines = read_prompts(settings.prompts, base)
+    from mmdit.driver.loading import load_parts  # here, so that --help and mistakes answer at once
     from mmdit.driver.pipeline import USER_ERRORS, Pipeline
 
-    seconds = {"import": time.perf_counter() - start}
+    seconds, skipped = {"import": time.perf_counter() - start}, 0
     try:
-        parts = load_parts(base)  # no weights yet
-        wanted = []
-        for line in lines:
-            with told_at(line):
-                wanted.append(parts.check(line.settings))
-        missing = Folders().missing(wanted)
-        pictures, paths = [s for s, _ in missing], [path for _, path in missing]
-        if pictures:
-            largest = max(pictures, key=lambda s: (s.width or 0) * (s.height or 0))
+        parts = load_parts(settings)  # no weights yet
+        if lines is None:
+            asked = parts.check(settings)
+            wanted = [(s, picture_path(s, i, asked.count)) for i, s in enumerate(alone(asked))]
+        else:
+            every = []
+            for line in lines:
+                with told_at(line):
+                    every.append(parts.check(line.settings))
+            wanted = Folders().missing(every)
+            skipped = sum(s.count for s in every) - len(wanted)
+        if wanted:
+            largest = max((s for s, _ in wanted), key=lambda s: (s.width or 0) * (s.height or 0))
             pipeline = Pipeline.from_settings(largest, parts)
             settle()
             seconds["load"] = time.perf_counter() - start - seconds["import"]
             show_plan(pipeline, pipeline.plan)
-            for folder in {path.parent for path in paths}:
-                sweep(folder)
-            with Saver(lambda path: tqdm.write(str(path))) as save:
-                for i, image in Drawing(pipeline, pictures, seconds=seconds):
-                    save(image, replace(pictures[i], **pipeline.actual), paths[i])
-            seconds["save"] = save.waited
+            draw(pipeline, wanted, settings.dump, seconds)
     except USER_ERRORS as error:
         raise SettingsError(str(error)) from error
-    report(seconds, time.perf_counter() - start, len(paths), sum(s.count for s in wanted) - len(paths))
+    whole = time.perf_counter() - start
+    if lines is not None:
+        report(len(wanted), skipped, whole - seconds["import"] - seconds.get("load", 0))
+    say(f"{', '.join(f'{name} {value:.2f} s' for name, value in seconds.items())}; {whole:.2f} s in all")
+
+
+def draw(
+    pipeline: "Pipeline", wanted: list[tuple[Settings, Path]], dump: str | None, seconds: dict[str, float]
+) -> None:
+    """Draw and write pictures, each with the file that it is to go to; the time of each stage is added to `seconds`."""
+    from mmdit.driver.loop import Drawing
+    from mmdit.driver.watch import Trace
+
+    pictures, paths = [s for s, _ in wanted], [path for _, path in wanted]
+    for folder in {path.parent for path in paths}:
+        sweep(folder)
+    traces = [] if dump is None else [Trace()]
+    with Saver(give) as save:
+        for i, image in Drawing(pipeline, pictures, traces, seconds):
+            save(image, replace(pictures[i], **pipeline.actual), paths[i])
+    seconds["save"] = save.waited
+    if dump is not None:
+        from safetensors.torch import save_file
+
+        start = time.perf_counter()
+        save_dump(lambda path: save_file(traces[0].tensors, path), Path(dump).expanduser())
+        seconds["save"] += time.perf_counter() - start
+        give(dump)
 
 
 def begin() -> None:
@@ -154,39 +143,26 @@ def settle() -> None:
 def show_plan(pipeline: "Pipeline", plan: "Plan") -> None:
     """Say what is on the device when, where that was asked for or is not as fast as can be."""
     if pipeline.settings.memory != "auto" or not (plan.everything_stays or pipeline.device.type == "cpu"):
-        print(f"plan: {plan}")
+        say(f"plan: {plan}")
 
 
-def report(seconds: dict[str, float], whole: float, written: int, skipped: int) -> None:
-    """The last two lines of a list's run; pictures a minute are of the time after loading."""
-    drawing = whole - seconds["import"] - seconds.get("load", 0)
-    rate = f", {60 * written / drawing:.1f} a minute" if written else ""
-    print(f"{written} written{rate}; {skipped} skipped (there already, or twice in the list)")
-    print(f"{told(seconds)}; {whole:.2f} s in all")
-
-
-def told(seconds: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
+def report(written: int, skipped: int, seconds: float) -> None:
+    """What a list's run did, in so many seconds after loading."""
+    rate = f", {60 * written / seconds:.1f} a minute" if written else ""
+    say(f"{written} written{rate}; {skipped} skipped (there already, or twice in the list)")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for a user's mistake, 130 when interrupted."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", UserWarning)
-        warnings.showwarning = lambda message, *_: tqdm.write(f"warning: {message}", file=sys.stderr)
-        try:
-            settings = settings_of(arguments)
-            draw(settings) if settings.prompts is None else draw_list(settings)
-        except SettingsError as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            print("interrupted: nothing more was written", file=sys.stderr)
-            return 130
-    return 0
+    return exit_code(lambda: run(settings_of(arguments)), "nothing more was written")
+
+
+def command() -> NoReturn:
+    """Be the program `mmdit`."""
+    begin()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a killed run cleans up as an interrupted one does
+    program(main)
 
 
 if __name__ == "__main__":
-    begin()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a killed run cleans up as an interrupted one does
-    sys.exit(main())
+    command()

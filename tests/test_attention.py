@@ -13,8 +13,8 @@ from torch import Tensor
 from mmdit import cores
 from mmdit.attention import BACKENDS, attention, attention_by, missing
 from mmdit.config import TOY
-from mmdit.driver.settings import ATTENTIONS
 from mmdit.model import MMDiT
+from mmdit.options import ATTENTIONS
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

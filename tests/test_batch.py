@@ -14,12 +14,12 @@ from test_memory import full  # noqa: F401
 from torch import Tensor
 from toys import toy_folder
 
+from mmdit.common.errors import SettingsError
 from mmdit.driver import loop
 from mmdit.driver import texts as encoding
 from mmdit.driver.loop import Drawing
 from mmdit.driver.pipeline import Pipeline
 from mmdit.driver.settings import Settings
-from mmdit.errors import SettingsError
 from mmdit.memory.meter import FusedAttention, Meter
 from mmdit.memory.plan import Job
 from mmdit.memory.planner import Planner

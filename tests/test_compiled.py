@@ -19,8 +19,8 @@ from benchmarks.emoji.tokenizers import write_tokenizers
 from benchmarks.random_checkpoint import write_checkpoint
 from mmdit import Pipeline, Settings
 from mmdit.attention import attention_by
+from mmdit.common.errors import SettingsError
 from mmdit.config import TOY
-from mmdit.errors import SettingsError
 from mmdit.kernels import compiled
 from mmdit.kernels.compiled import compile_blocks, compile_norms, lacking
 from mmdit.kernels.onednn import by_onednn

@@ -20,11 +20,12 @@ from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 import weights.convert
 from benchmarks.random_checkpoint import write_checkpoint
+from mmdit.common.paths import split_scale
 from mmdit.driver.loading import build
 from weights import CheckpointError, fill, open_checkpoint, published
 from weights.__main__ import main
 from weights.adapters import Adapters
-from weights.convert import FP8, _ordered, _pieces, convert, rounded, split_scale
+from weights.convert import FP8, _ordered, _pieces, convert, rounded
 from weights.inspect import inspect
 from weights.published import PREFIXES
 
@@ -354,7 +355,7 @@ def test_a_failure_leaves_nothing(
     def fails(where: str, tensor: Tensor, dtype: torch.dtype) -> list[Tensor]:
         calls.append(where)
         if len(calls) == 300:
-            assert len(list(tmp_path.rglob(".out.*.partial"))) == 1
+            assert len(list(tmp_path.rglob(".*.partial"))) == 1
             raise failure
         return rounded(where, tensor, dtype)
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from benchmarks.emoji.tokenizers import write_tokenizers
 from benchmarks.random_checkpoint import write_checkpoint
 from mmdit import Pipeline
-from mmdit.errors import SettingsError
+from mmdit.common.errors import SettingsError
 from mmdit.run import main
 from weights import CheckpointError, open_checkpoint
 

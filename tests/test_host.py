@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from mmdit.errors import SettingsError
+from mmdit.common.errors import SettingsError
 from mmdit.memory import devices, host
 from mmdit.memory.budget import budget_of
 from mmdit.memory.devices import free_bytes, give_back, indexed, lockable_bytes, taken_bytes

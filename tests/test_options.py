@@ -1,18 +1,41 @@
-"""The command line's options, frozen: a change here is a change that users see."""
+"""The command line's options, frozen: a change here is a change that users see. And what follows from declaring one."""
 
 import argparse
+import json
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
-from mmdit.driver.settings import Settings
+import pytest
+from PIL import Image
+
+from mmdit.common.errors import SettingsError
+from mmdit.common.options import Mark, marked, option, rooms, wrong
+from mmdit.driver.options import PictureOptions
+from mmdit.driver.output import parameters, save_image
+from mmdit.driver.prompts import picture_settings
+from mmdit.driver.settings import LOADED, SD35_MEDIUM_DEFAULTS, Settings, identity, keywords, settings_from
 from mmdit.run import make_parser, settings_of
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = """\
+The picture:
 prompt None what
 --negative '' TEXT
+--width None W
+--height None H
+--seed 0 S
+--count 1 N
+How it is denoised:
+--steps None N
+--cfg None X
+--cfg-interval None LOW:HIGH
+How the prompt is read:
+--t5 'on' on,off,omit
+--t5-length None N
+The model:
 --model None FOLDER|FILE|ID
 --clip-l None FILE
 --clip-g None FILE
@@ -20,43 +43,184 @@ prompt None what
 --vae None FILE
 --tokenizers None FOLDER
 --lora [] FILE|FOLDER[:SCALE]
---width None W
---height None H
---steps None N
---cfg None X
---cfg-interval None LOW:HIGH
---seed 0 S
---count 1 N
---t5 'on' on,off,omit
---t5-length None N
+How it is computed:
+--device 'auto' auto,cpu,cuda,mps
 --dtype 'auto' auto,bf16,fp16,fp32
 --quantise 'none' none,int8,fp8
---device 'auto' auto,cpu,cuda,mps
---memory 'auto' SIZE
 --attention 'auto' auto,sdpa,cores,flash,xformers,cudnn,math
 --compile False what
+Memory:
+--memory 'auto' SIZE
+What is written, and a list in place of a prompt:
 --out 'out' FILE|FOLDER
 --prompts None FILE
 --dump None FILE.safetensors
 """
 
 
+def told(parser: argparse.ArgumentParser) -> list[str]:
+    lines = []
+    for group in parser._action_groups:
+        actions = [a for a in group._group_actions if not isinstance(a, argparse._HelpAction)]
+        lines += [f"{group.title}:"] if actions else []
+        for a in actions:
+            lines.append(
+                f"{[*a.option_strings, a.dest][0]} {a.default!r} {','.join(a.choices or [a.metavar or 'what'])}"
+            )
+    return lines
+
+
 def test_the_options_are_frozen() -> None:
-    """Names, defaults and values of all of them, each a field of Settings and with its default."""
-    actions = [a for a in make_parser()._actions if not isinstance(a, argparse._HelpAction)]
-    told = [
-        f"{[*a.option_strings, a.dest][0]} {a.default!r} {','.join(a.choices or [a.metavar or 'what'])}"
-        for a in actions
-    ]
-    assert told == OPTIONS.splitlines()
-    assert [a.dest for a in actions] == [f.name for f in fields(Settings)]
+    """Headings, names, defaults and values of all of them, each a field of Settings and with its default."""
+    assert told(make_parser()) == OPTIONS.splitlines()
+    names = [a.dest for a in make_parser()._actions if not isinstance(a, argparse._HelpAction)]
+    assert names == [f.name for f in fields(Settings) if f.name != "weights"] == keywords(Settings)
     assert settings_of(["x"]) == Settings("x")
     assert settings_of(["--prompts", "x.txt"]) == Settings(prompts="x.txt")
+    assert SD35_MEDIUM_DEFAULTS == {"width": 1024, "height": 1024, "steps": 28, "cfg": 4.5, "t5_length": 256}
+
+
+def test_every_option_has_a_heading_and_a_help() -> None:
+    for heading, own in rooms(Settings).items():
+        assert heading and all(f.metadata["help"] for f in own)
 
 
 def test_help_does_not_load_torch() -> None:
-    """In a process of its own; every option is in it."""
-    code = "import sys, mmdit.run\ntry: mmdit.run.main(['--help'])\nfinally: print(sorted({'torch'} & {*sys.modules}))"
-    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert (ran.returncode, ran.stderr, ran.stdout.splitlines()[-1]) == (0, "", "[]")
-    assert all(line.split()[0] in ran.stdout for line in OPTIONS.splitlines())
+    """In a process of its own, nor does a mistake; every option is in the help."""
+    code = "import sys, mmdit.run\ntry: mmdit.run.main({})\nfinally: print(sorted({{'torch'}} & {{*sys.modules}}))"
+    for arguments in (["--help"], ["x", "--steps", "many"], ["x", "--dump", "x"], ["--prompts", "none.txt"]):
+        command = [sys.executable, "-c", code.format(arguments)]
+        ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert (ran.stderr.count("\n"), ran.stdout.splitlines()[-1]) == (arguments[0] != "--help", "[]")
+        if arguments == ["--help"]:
+            assert ran.returncode == 0
+            assert all(line.split()[0] in ran.stdout for line in OPTIONS.splitlines())
+
+
+# ---- a new option ----------------------------------------------------------------------------------
+
+
+def check_sheen(name: str, value: Any) -> None:
+    if value > 5:
+        raise wrong(name, value, "at most 5")
+
+
+@dataclass(frozen=True)
+class ToyOptions:
+    """The toy"""
+
+    colour: str = option("red", "its colour", choices=("red", "blue"))
+    sheen: float | None = option(None, "its sheen", metavar="X", check=check_sheen)
+    parts: tuple[str, ...] = option((), "what it is made of", metavar="PART")
+    shiny: bool = option(False, "it shines")
+    box: str = option("box", "where it is put", Mark.NOT_SEEN, Mark.OF_THE_RUN)
+
+
+@dataclass(frozen=True)
+class More(ToyOptions, Settings):
+    """Settings with one room more."""
+
+
+GIVEN = {"colour": "blue", "sheen": 2.0, "parts": ("a", "b"), "shiny": True}
+
+
+def test_an_option_is_declared_once(tmp_path: Path) -> None:
+    """One field: on the command line, a keyword, a key of lists, in both metadata, and it changes the picture."""
+    parser = make_parser(More)
+    assert told(parser)[-6:] == [
+        "The toy:", "--colour 'red' red,blue", "--sheen None X", "--parts [] PART", "--shiny False what",
+        "--box 'box' what",
+    ]  # fmt: skip
+    words = ["x", "--colour", "blue", "--sheen", "2", "--parts", "a", "--parts", "b", "--shiny"]
+    settings = More(**vars(parser.parse_args(words)))
+    assert settings == settings_from({"prompt": "x", **GIVEN}, More()) == More("x", **GIVEN)
+    assert settings == picture_settings({"prompt": "x", **GIVEN, "parts": ["a", "b"]}, More())
+    with pytest.raises(SettingsError, match=r"box belongs to the whole run: .* a line has prompt, .*, colour, sheen"):
+        picture_settings({"prompt": "x", "box": "y"}, More())
+    path = save_image(Image.new("RGB", (8, 8)), replace(settings, out=str(tmp_path)), tmp_path / "x.png")
+    with Image.open(path) as image:
+        assert json.loads(image.text["mmdit"]).items() >= {**GIVEN, "parts": ["a", "b"]}.items()
+        assert 'colour: blue, sheen: 2.0, parts: "a, b", shiny: True' in image.text["parameters"]
+    seen = {identity(replace(More("x"), **{name: value})) for name, value in GIVEN.items()}
+    assert len(seen | {identity(More("x"))}) == 5
+    assert identity(More("x", box="y")) == identity(More("x"))
+    More("x").resolved({})
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ({"colour": "green"}, "colour is 'green': expected one of red, blue"),
+    ({"sheen": 6}, "sheen is 6: expected at most"),
+    ({"sheen": "2"}, "sheen is '2': expected a number"), ({"sheen": True}, "sheen is True: expected a number"),
+    ({"shiny": 1}, "shiny is 1: expected True or False"), ({"box": None}, "box is None: expected text"),
+    ({"parts": ["\ud800"]}, r"parts is '\\ud800': not valid Unicode"), ({"color": "red"}, "did you mean colour"),
+])  # fmt: skip
+def test_its_value_is_checked(given: dict[str, Any], message: str) -> None:
+    """By the type of the field, its choices, and its own check."""
+    with pytest.raises(SettingsError, match=message):
+        settings_from(given, More()).resolved({})
+
+
+# ---- what a value does -----------------------------------------------------------------------------
+
+OTHER = {
+    "prompt": "x", "negative": "y", "width": 32, "height": 32, "seed": 1, "count": 2, "steps": 3, "cfg": 2.0,
+    "cfg_interval": "0.2:0.9", "t5": "off", "t5_length": 77, "model": "m", "clip_l": "l", "clip_g": "g", "t5xxl": "t",
+    "vae": "v", "tokenizers": "k", "lora": ("a:0.5",), "weights": "w", "device": "cpu", "dtype": "fp32",
+    "quantise": "int8", "attention": "math", "compile": True, "memory": "1GB", "out": "o", "prompts": "p", "dump": "d",
+}  # fmt: skip
+UNSEEN = {"count", "device", "memory", "out", "prompts", "dump"}
+IN_WEIGHTS = {"model", "clip_l", "clip_g", "t5xxl", "vae", "tokenizers"}  # by what they hold
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_what_tells_pictures_apart(name: str) -> None:
+    """A picture is taken for another only where nothing differs but what does not change it."""
+    assert OTHER.keys() == {f.name for f in fields(Settings)}
+    settings = Settings("a horse", **SD35_MEDIUM_DEFAULTS, weights="known")
+    same = identity(replace(settings, **{name: OTHER[name]})) == identity(settings)
+    assert same == (name in UNSEEN | IN_WEIGHTS)
+    unknown = replace(settings, weights=None)
+    assert name in UNSEEN or identity(replace(unknown, **{name: OTHER[name]})) != identity(unknown)
+
+
+@pytest.mark.parametrize("name", sorted(OTHER.keys() - {"prompts", "dump", "out", "count"}))
+def test_parameters_has_every_setting(name: str) -> None:
+    own = {"steps": "Steps", "cfg": "CFG scale", "seed": "Seed", "model": "Model", "negative": "Negative prompt"}
+    value = OTHER[name][0] if name == "lora" else OTHER[name]
+    expected = {"prompt": "x\n", "width": "Size: 32x1024", "height": "Size: 1024x32", "lora": 'lora: "a:0.5"',
+                "cfg_interval": 'cfg_interval: "0.2:0.9"'}.get(name, f"{own.get(name, name)}: {value}")  # fmt: skip
+    assert expected in parameters(replace(Settings("a horse", **SD35_MEDIUM_DEFAULTS), **{name: OTHER[name]}))
+
+
+def test_marks() -> None:
+    assert {*LOADED} == {
+        "model", "clip_l", "clip_g", "t5xxl", "vae", "tokenizers", "lora", "t5", "dtype", "quantise", "device",
+        "compile",
+    }  # fmt: skip
+    assert marked(Settings, Mark.OF_THE_RUN) == ("memory", "prompts", "dump")
+    assert {*marked(Settings, Mark.OWN)} == {"prompt", "negative", "seed", "count", "out"}
+    assert marked(PictureOptions, Mark.LOADED) == ()
+
+
+STRANGE: list[Any] = [10**400, -(10**400), 10**5000, float("nan"), float("inf"), object(), [], {}, b"x", True, "", "\0"]
+
+
+def refusal(name: str, value: Any) -> str | None:
+    try:
+        replace(Settings("a horse", **SD35_MEDIUM_DEFAULTS), **{name: value}).check()
+    except SettingsError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("name", sorted(OTHER.keys() - {"lora"}))
+def test_no_value_is_a_traceback(name: str) -> None:
+    """From Python or a list anything may come; it is used, or refused on one line."""
+    for value in STRANGE:
+        told = refusal(name, value)
+        if told is None:
+            numbers = ("seed", "width", "height", "cfg")
+            assert isinstance(value, str) or (name == "compile" and value is True) or name in numbers, value
+        else:
+            assert told.isprintable() and told.startswith((f"{name} is ", "seed is ")) and len(told) < 400
+    assert refusal("cfg", 10**300) is None

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from benchmarks.emoji.tokenizers import write_tokenizers
 from benchmarks.random_checkpoint import write_checkpoint
+from mmdit.common.errors import SettingsError
 from mmdit.driver.pipeline import Pipeline
 from mmdit.driver.settings import Settings
-from mmdit.errors import SettingsError
 from samplers import shifted_sigmas
 from text_encoders import TokenizerError
 from text_encoders.tokenizers import read_spiece

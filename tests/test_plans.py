@@ -17,9 +17,9 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from toys import toy_folder
 
 from benchmarks.memory import TARGETS, Unread, full_size
+from mmdit.common.errors import SettingsError
 from mmdit.config import SD35_MEDIUM
 from mmdit.driver.pipeline import Pipeline
-from mmdit.errors import SettingsError
 from mmdit.memory import costs, devices
 from mmdit.memory.empty import on_meta
 from mmdit.memory.meter import FusedAttention, Meter, peak_bytes

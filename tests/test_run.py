@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from toys import Ran
 
-import mmdit.driver.pipeline
+import mmdit.driver.loading
 from benchmarks.emoji.tokenizers import write_tokenizers
 from benchmarks.random_checkpoint import write_checkpoint
 from mmdit.driver.pipeline import Pipeline
@@ -88,7 +88,8 @@ def test_as_a_process(desk: Desk) -> None:
     """python -m mmdit.run: exit codes, a silent standard error, the report, and one line for a mistake."""
     command = [sys.executable, "-m", "mmdit.run", "a horse", "--model", desk.model, "--out", desk.out]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert (ran.returncode, ran.stderr, ran.stdout.splitlines()[0]) == (0, "", str(desk.out / "a-horse-0.png"))
+    assert (ran.returncode, ran.stdout.splitlines()) == (0, [str(desk.out / "a-horse-0.png")])
+    assert ran.stderr.endswith(" s in all\n") and ran.stderr.count("\n") == 1
     ran = subprocess.run([*command, "--steps", "0"], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (ran.returncode, ran.stdout) == (2, "")
     assert ran.stderr == "error: steps is 0: expected a whole number from 1\n"
@@ -99,14 +100,14 @@ def test_the_report_and_the_dump(desk: Desk) -> None:
     """Written paths, then the seconds of every stage and in all; the dump against a run from Python and the PNGs."""
     dump = desk.folder / "run.safetensors"
     ran = desk.run("a horse", "--count", 2, "--dump", dump)
-    assert (ran.code, ran.errors) == (0, [])
-    assert ran.lines[:-1] == [str(desk.out / "a-horse-0.png"), str(desk.out / "a-horse-1.png"), str(dump)]
+    assert (ran.code, len(ran.errors)) == (0, 1)
+    assert ran.lines == [str(desk.out / "a-horse-0.png"), str(desk.out / "a-horse-1.png"), str(dump)]
     stages = ("import", "load", "encode", "denoise", "decode", "save")
     pattern = ", ".join(rf"{stage} (\d+\.\d\d) s" for stage in stages) + r"; (\d+\.\d\d) s in all"
-    match = re.fullmatch(pattern, ran.lines[-1])
-    assert match, ran.lines[-1]
+    match = re.fullmatch(pattern, ran.errors[-1])
+    assert match, ran.errors[-1]
     *parts, whole = map(float, match.groups())
-    assert sum(parts) == pytest.approx(whole, abs=0.1)
+    assert sum(parts) <= whole + 0.005 * (len(parts) + 1)  # each is rounded
     trace: dict[str, Tensor] = {}
     settings = Settings("a horse", model=str(desk.model), dtype="fp32", device="cpu", count=2)
     Pipeline.from_settings(settings).run(settings, trace)
@@ -127,8 +128,8 @@ def test_names_in_a_folder(desk: Desk) -> None:
     assert (desk.out / "a-horse-on-a-hill-7.png").read_bytes() == first
     assert desk.run("", "--seed", -1, "--out", desk.out / "below" / "deep").code == 0
     assert [p.name for p in (desk.out / "below" / "deep").iterdir()] == ["picture--1.png"]
-    assert desk.run("馬 " + "horse " * 30).code == 0
-    assert len(next(p for p in desk.files() if p.startswith("horse-horse"))) <= 60 + len("-0.png")
+    assert desk.run("馬 " + "horse " * 50).code == 0
+    assert len(next(p for p in desk.files() if p.startswith("馬-horse")).encode()) <= 120 + len("-0.png")
 
 
 def test_names_of_files(desk: Desk) -> None:
@@ -154,8 +155,11 @@ def test_the_settings_are_in_the_picture(desk: Desk, negative: str) -> None:
         assert (picture.size, picture.mode, picture.format) == ((64, 48), "RGB", "PNG")
         pixels, parameters, own = np.asarray(picture), picture.text["parameters"], json.loads(picture.text["mmdit"])
     model = str(desk.model)
-    expected = Settings(prompt, negative, model, seed=8, dtype="fp32", device="cpu", out=str(desk.out), **DEFAULTS)
-    assert own == json.loads(json.dumps(asdict(expected)))
+    expected = Settings(
+        prompt, negative, model=model, seed=8, dtype="fp32", device="cpu", out=str(desk.out), **DEFAULTS
+    )
+    weights = own["weights"]
+    assert own == json.loads(json.dumps(asdict(replace(expected, weights=weights))))
     again = Pipeline.from_settings(Settings(**own)).run(Settings(**own)).images[0]
     assert int(np.abs(np.asarray(again, dtype=int) - pixels).max()) <= 1
     # The reading of AUTOMATIC1111's web UI: `parse_generation_parameters` and its pattern.
@@ -167,14 +171,14 @@ def test_the_settings_are_in_the_picture(desk: Desk, negative: str) -> None:
     assert read == {
         "Steps": "2", "Sampler": "Euler", "CFG scale": "4.5", "Seed": "8", "Size": "64x48", "Model": "toy",
         "t5": "on", "t5_length": "40", "dtype": "fp32", "device": "cpu", "memory": "auto", "quantise": "none",
-        "attention": "auto", "compile": "False",
+        "attention": "auto", "compile": "False", "weights": weights,
     }  # fmt: skip
 
 
 def test_a_long_prompt_is_a_warning(desk: Desk) -> None:
     """It quotes what was lost, by whom, and the picture is drawn."""
     ran = desk.run("horse " * 50 + "and a bear " * 10 + "fish", "--t5-length", 512)
-    assert (ran.code, len(ran.errors), len(desk.files())) == (0, 1, 1)
+    assert (ran.code, len(ran.errors), len(desk.files())) == (0, 2, 1)
     assert ran.errors[0].startswith("warning: prompt too long for the 77 tokens of CLIP-L and CLIP-G, which lost ")
     assert ran.errors[0].endswith('bear fish"')
 
@@ -327,11 +331,12 @@ def test_nan_names_its_stage(desk: Desk, part: str, tensor: str, stage: str) -> 
     assert told.startswith(f"error: {stage}: NaN or infinity; the weights may be damaged: compare with another copy")
 
 
-@pytest.mark.parametrize("where", ["euler", "shifted_sigmas", "load_parts"])
+@pytest.mark.parametrize("where", ["load_parts", "encode", "decode"])
 def test_an_interrupt(desk: Desk, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     """Exit code 130, one line, and nothing left behind."""
-    monkeypatch.setattr(mmdit.driver.pipeline, where, Mock(side_effect=KeyboardInterrupt))
-    ran = desk.run("a horse", "--dump", desk.folder / "deep" / "run.safetensors")
+    place = {"load_parts": mmdit.driver.loading, "encode": Pipeline, "decode": Pipeline}[where]
+    monkeypatch.setattr(place, where, Mock(side_effect=KeyboardInterrupt))
+    ran = desk.run("a horse", "--out", desk.folder / "deep" / "out")
     assert ran == (130, [], ["interrupted: nothing more was written"])
     assert list(desk.folder.iterdir()) == []
 
@@ -354,7 +359,7 @@ def test_unknown_tensors_are_one_warning(desk: Desk) -> None:
     save_file({**load_file(desk.single), "extra.weight": torch.zeros(1)}, desk.folder / "more.safetensors")
     size = ("--width", 64, "--height", 64, "--steps", 1, "--tokenizers", desk.tokenizers)
     ran = desk.run("a horse", "--model", desk.folder / "more.safetensors", *size)
-    assert (ran.code, [line[:9] for line in ran.errors], desk.files()) == (0, ["warning: "], ["a-horse-0.png"])
+    assert (ran.code, [line[:7] for line in ran.errors], desk.files()) == (0, ["warning", "import "], ["a-horse-0.png"])
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,9 +367,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(desk: Desk, monkeypatch: pytest.
     out = desk.out / "x.png"
     out.parent.mkdir(parents=True)
     out.write_bytes(b"kept")
-    monkeypatch.setattr(
-        "mmdit.driver.output.os.replace", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
-    )
+    monkeypatch.setattr("os.replace", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
     told = desk.run("a horse", out=out)
     assert told.code == 2
     assert out.read_bytes() == b"kept"

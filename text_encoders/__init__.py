@@ -1,9 +1,14 @@
 """Text encoders of Stable Diffusion 3: two CLIPs and a T5, their tokenizers, and how their outputs join."""
 
-from text_encoders.clip import CLIP_G, CLIP_L, CLIPConfig, CLIPTextEncoder
-from text_encoders.conditioning import Conditioning, TextEncoder, join
-from text_encoders.t5 import T5_XXL, T5Config, T5Encoder
-from text_encoders.tokenizers import CLIPTokenizer, T5Tokenizer, TokenizerError, Tokens
+from typing import TYPE_CHECKING
+
+from mmdit.common.lazy import lazy
+
+if TYPE_CHECKING:
+    from text_encoders.clip import CLIP_G, CLIP_L, CLIPConfig, CLIPTextEncoder
+    from text_encoders.conditioning import Conditioning, TextEncoder, join
+    from text_encoders.t5 import T5_XXL, T5Config, T5Encoder
+    from text_encoders.tokenizers import CLIPTokenizer, T5Tokenizer, TokenizerError, Tokens
 
 __all__ = [
     "CLIP_G",
@@ -21,3 +26,12 @@ __all__ = [
     "Tokens",
     "join",
 ]
+__getattr__ = lazy(
+    __name__,
+    {
+        "clip": ["CLIP_G", "CLIP_L", "CLIPConfig", "CLIPTextEncoder"],
+        "conditioning": ["Conditioning", "TextEncoder", "join"],
+        "t5": ["T5_XXL", "T5Config", "T5Encoder"],
+        "tokenizers": ["CLIPTokenizer", "T5Tokenizer", "TokenizerError", "Tokens"],
+    },
+)

@@ -18,9 +18,9 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
 
-from weights import CheckpointError, jsons
+from mmdit.common import jsons
+from mmdit.common.errors import UserError
 
-LONGEST_MESSAGE = 2000  # characters
 HINT = "--tokenizers FOLDER names a folder with tokenizer/, tokenizer_2/ and tokenizer_3/"
 
 # CLIP's words: contractions, runs of letters, single digits, runs of anything else but spaces.
@@ -28,11 +28,8 @@ CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]
 T5_SENTINELS = [f"<extra_id_{i}>" for i in reversed(range(100))]  # in id order, after the pieces
 
 
-class TokenizerError(ValueError):
-    """A tokenizer's files are absent or malformed, or a prompt is no text; the message is one line."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message[:LONGEST_MESSAGE]))
+class TokenizerError(UserError):
+    """A tokenizer's files are absent or malformed, or a prompt is no text."""
 
 
 @dataclass
@@ -70,7 +67,7 @@ class PromptTokenizer:
         except BaseException as error:
             if not of_package(error):
                 raise
-            raise TokenizerError(f"{folder}: not the files of a tokenizer: {one_line(error)}") from None
+            raise TokenizerError(f"{folder}: not the files of a tokenizer: {error}") from None
 
     @classmethod
     def build(cls, folder: Path) -> Self:
@@ -105,7 +102,7 @@ class PromptTokenizer:
         except BaseException as error:
             if not of_package(error):
                 raise
-            raise TokenizerError(f"the prompt {text!a} cannot be split: {one_line(error)}") from None
+            raise TokenizerError(f"the prompt {text!a} cannot be split: {error}") from None
         if len(encoding.ids) <= room:
             return encoding.ids, ""
         return encoding.ids[:room], text[encoding.offsets[room][0] :].strip()
@@ -136,7 +133,7 @@ class CLIPTokenizer(PromptTokenizer):
                 unk_token=special["unk_token"].content,
             )
         except Exception as error:  # the package raises no narrower class
-            raise TokenizerError(f"{folder}: merges that do not fit the vocabulary: {one_line(error)}") from None
+            raise TokenizerError(f"{folder}: merges that do not fit the vocabulary: {error}") from None
         backend = Tokenizer(model)
         backend.normalizer = normalizers.Sequence(
             [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
@@ -303,10 +300,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; an empty one where there is no such file."""
     if not path.is_file():
         return {}
-    try:
-        return jsons.read_json(path)
-    except CheckpointError as error:
-        raise TokenizerError(str(error)) from None
+    return jsons.read_json(path, TokenizerError)
 
 
 def read_text(path: Path) -> str:
@@ -319,7 +313,3 @@ def read_text(path: Path) -> str:
 def of_package(error: BaseException) -> bool:
     """Whether an error can come of a tokenizer's files: the package raises bare Exceptions, and panics are none."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

@@ -1,30 +1,17 @@
 """What is this file? `python -m weights PATH`; and into another form: `python -m weights convert IN OUT ...`."""
 
-import argparse
 import json
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from tqdm import tqdm
-
+from mmdit.common.command import Parser, exit_code, give, program
 from weights.convert import DTYPES, LAYOUTS, convert
-from weights.errors import CheckpointError, one_line
 from weights.inspect import OPTIONS, inspect
 from weights.kinds import WHAT
 from weights.report import report
 
 SEPARATE = {part: option for part, option in OPTIONS.items() if option != "--model"}
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong on one line and exits with 2."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"error: {one_line(message)} (--help lists the options)", file=sys.stderr)
-        raise SystemExit(2)
 
 
 def inspect_parser() -> Parser:
@@ -59,31 +46,21 @@ def convert_parser() -> Parser:
 
 def run(arguments: Sequence[str]) -> None:
     """Do what the arguments say; CheckpointError where it cannot be done."""
-    if arguments[:1] == ["convert"]:
+    if [*arguments[:1]] == ["convert"]:
         given = vars(convert_parser().parse_args(arguments[1:]))
         separate = {part: given.pop(part) for part in SEPARATE}
-        print(convert(**given, parts={part: file for part, file in separate.items() if file is not None}))
+        give(convert(**given, parts={part: file for part, file in separate.items() if file is not None}))
         return
     options = inspect_parser().parse_args(arguments)
     found = inspect(options.path)
-    print(json.dumps(found, indent=2) if options.json else "\n".join(report(found)))
+    for line in json.dumps(found, indent=2).splitlines() if options.json else report(found):
+        give(line)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for a file or option that is of no use, 130 if interrupted."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", UserWarning)
-        warnings.showwarning = lambda message, *_: tqdm.write(f"warning: {message}", file=sys.stderr)
-        try:
-            run(list(sys.argv[1:] if arguments is None else arguments))
-        except CheckpointError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            print("interrupted: nothing was written", file=sys.stderr)
-            return 130
-    return 0
+    return exit_code(lambda: run(sys.argv[1:] if arguments is None else arguments), "nothing was written")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program(main)

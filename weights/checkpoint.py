@@ -11,11 +11,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from mmdit.common.errors import one_line
+from mmdit.common.jsons import read_json
 from weights.component import Component
-from weights.errors import CheckpointError, one_line
+from weights.errors import CheckpointError
 from weights.files import read_file
 from weights.header import Header, TensorInfo, read_safetensors
-from weights.jsons import read_json
 from weights.kinds import COMPONENTS, WHAT, Network, described, networks, refuse_strangers, split
 from weights.layouts import is_ignored, native_entries
 from weights.quantised import declared_layers, with_scales
@@ -71,7 +72,7 @@ class Checkpoint:
         """The component's config.json, or None (always None in single and separate files); reads no weights."""
         config = self.path / PLACES[name][0] / "config.json"
         own = self.has(name) and name not in self._parts and self.path.is_dir()
-        return read_json(config) if own and config.exists() else None
+        return read_json(config, CheckpointError) if own and config.exists() else None
 
 
 def open_checkpoint(path: str | os.PathLike[str], parts: Mapping[str, Path] | None = None) -> Checkpoint:
@@ -101,7 +102,7 @@ def _open_folder(path: Path) -> Checkpoint:
     if not index_path.exists():
         raise CheckpointError(f"{path}: no model_index.json; expected a diffusers folder (model_index.json, "
                               "transformer/, vae/, ...) or a single .safetensors file")  # fmt: skip
-    index = read_json(index_path)
+    index = read_json(index_path, CheckpointError)
     pipeline = str(index.get("_class_name", "?"))
     if not pipeline.startswith("StableDiffusion3"):
         raise CheckpointError(f"{index_path}: made for {pipeline}; this engine runs StableDiffusion3Pipeline folders")
@@ -111,8 +112,8 @@ def _open_folder(path: Path) -> Checkpoint:
         path=path,
         components=tuple(name for name in COMPONENTS if _listed(index, path, PLACES[name][0])),
         tokenizers=path if (path / "tokenizer").is_dir() else None,
-        scheduler=read_json(scheduler) if scheduler.exists() else None,
-        defaults=read_json(defaults) if defaults.exists() else {},
+        scheduler=read_json(scheduler, CheckpointError) if scheduler.exists() else None,
+        defaults=read_json(defaults, CheckpointError) if defaults.exists() else {},
         _open=lambda name: _open_folder_component(path, name),
     )
 
@@ -129,7 +130,7 @@ def _open_folder_component(path: Path, name: str) -> Component:
     config = folder / "config.json"
     return _component(
         Network(name, "diffusers", ""), name, folder, header.tensors, header.metadata,
-        read_json(config) if config.exists() else None,
+        read_json(config, CheckpointError) if config.exists() else None,
     )  # fmt: skip
 
 
@@ -157,7 +158,7 @@ def folder_header(folder: Path, stem: str) -> Header:
 
 
 def _sharded(index: Path) -> Header:
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_json(index, CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f'{index}: expected "weight_map": {{tensor name: shard file name}}')
     there = {file.name for file in index.parent.iterdir()}

@@ -54,6 +54,11 @@ class Component:
             except ValueError as error:
                 raise CheckpointError(f"{path}: {name}: {self.spelled(native)}: {error}") from None
 
+    @property
+    def files(self) -> list[Path]:
+        """Where its tensors lie."""
+        return sorted({info.file for info in self._tensors.values()})
+
     def read(self, name: str) -> torch.Tensor:
         """The tensor of this native name, on the CPU, in the dtype of the file.
 

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mmdit.common.errors import SettingsError
+from mmdit.common.paths import split_scale
 from weights import hub, published
 from weights.adapters.merge import Active, check_scale, merged_tensor, read_changes
 from weights.adapters.plan import make_plan
@@ -165,29 +167,15 @@ class Values:
 
 
 def _opened(text: str, lookup: Lookup, parts: Sequence[str]) -> Active:
-    path, scale = split_scale(text)
-    plan = make_plan(path, lookup, parts)
+    try:
+        path, scale = split_scale(text)
+    except SettingsError as error:
+        raise CheckpointError(str(error)) from None
+    check_scale(scale)
+    plan = make_plan(Path(path).expanduser(), lookup, parts)
     if (warning := plan.report.warning()) is not None:
         warnings.warn(warning, stacklevel=5)
     return Active(plan.report.path, scale, read_changes(plan))
-
-
-def split_scale(text: str) -> tuple[Path, float]:
-    """FILE_OR_FOLDER[:SCALE] as path and scale; a path that exists as it stands has no scale at its end.
-
-    CheckpointError for a scale that is not a finite number.
-    """
-    path, colon, number = text.rpartition(":")
-    try:
-        if not colon or Path(text).expanduser().exists():
-            return Path(text).expanduser(), 1.0
-        scale = float(number)
-    except ValueError:
-        raise CheckpointError(f"{text}: expected FILE_OR_FOLDER:SCALE with a number, as in a.safetensors:0.8") from None
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{text}: {getattr(error, 'strerror', None) or error}") from None
-    check_scale(scale)
-    return Path(path).expanduser(), scale
 
 
 def _ordered(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mmdit.common.jsons import parse_json
 from weights.errors import CheckpointError
-from weights.jsons import parse_json
 
 # The limit of the safetensors library itself; a larger header is an attack or not a header.
 MAX_HEADER_BYTES = 100_000_000

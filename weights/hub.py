@@ -9,9 +9,9 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
+from mmdit.common.jsons import read_json
 from weights.checkpoint import PLACES, weights_file
 from weights.errors import CheckpointError
-from weights.jsons import read_json
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _FILES = (".safetensors", ".gguf", ".ckpt", ".pt", ".bin", ".json")
@@ -39,7 +39,7 @@ def fetch(model: str, parts: Collection[str], tokenizers: Collection[str]) -> Pa
     download = _package(model).hf_hub_download
     index = Path(_asked(model, download, model, "model_index.json"))
     names, online = _listing(model, index.parent)
-    for name in needed(model, read_json(index), names, parts, tokenizers, online):
+    for name in needed(model, read_json(index, CheckpointError), names, parts, tokenizers, online):
         # By the commit of the first file: the model may change between two.
         _asked(model, download, model, name, revision=index.parent.name)
     return index.parent

@@ -31,15 +31,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mmdit.common.errors import one_line
+from mmdit.common.jsons import read_json
 from weights.adapters.describe import describe, is_adapter
 from weights.adapters.groups import find_adapter
 from weights.checkpoint import PLACES, Checkpoint, folder_header, open_checkpoint, open_part, weights_file
 from weights.component import Component
-from weights.errors import CheckpointError, one_line
+from weights.errors import CheckpointError
 from weights.files import is_gguf
 from weights.gguf import GGUFFile
 from weights.header import DTYPES, TensorInfo, read_safetensors
-from weights.jsons import read_json
 from weights.kinds import COMPONENTS, WHAT, Network, described, networks, split, stranger
 from weights.layouts import is_ignored
 from weights.quantised import FP8
@@ -206,7 +207,7 @@ def _folder(path: Path) -> dict[str, Any]:
 
 
 def _diffusers(path: Path) -> dict[str, Any]:
-    index = read_json(path / "model_index.json")
+    index = read_json(path / "model_index.json", CheckpointError)
     form = {"format": "diffusers folder", "metadata": {}, **_sizes({}, {})}
     pipeline = str(index.get("_class_name", "?"))
     if not pipeline.startswith("StableDiffusion3"):

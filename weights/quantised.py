@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmdit.common.jsons import parse_json
 from weights.errors import CheckpointError
 from weights.files import open_file
 from weights.header import DTYPES, TensorInfo
-from weights.jsons import parse_json
 
 FP8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}  # a header's word and the newer style's
 

@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from weights.errors import one_line
+from mmdit.common.errors import one_line
 
 _SHOWN = 8  # of many ranks or alphas
 

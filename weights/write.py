@@ -6,16 +6,16 @@ goes to its place, so that a file of any size needs the memory of one tensor.
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from mmdit.common.files import beside, put_new, sweep
 from weights.errors import CheckpointError
 from weights.header import DTYPES
 
@@ -58,28 +58,22 @@ def write_safetensors(
 
 @contextmanager
 def whole(out: Path, size: int) -> Iterator[Path]:
-    """A name beside `out` to write a file or folder of about `size` bytes to.
+    """A place to write a file or folder of about `size` bytes to.
 
     What stands there when all went well becomes `out`; else nothing remains, folders made on the way included. Raises
     CheckpointError where something is at `out` already, and where the disk has no room or does not take it.
     """
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    made = [folder for folder in out.parents if not folder.exists()]
+    taken = CheckpointError(f"{out}: is there already: expected a new name")
     try:
         if out.exists() or out.is_symlink():
-            raise CheckpointError(f"{out}: is there already: expected a new name")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(out.parent).free
-        if size > free:
-            raise CheckpointError(f"{out}: needs {size / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB left")
-        yield partial
-        os.rename(partial, out)
+            raise taken
+        with beside(out) as written:
+            sweep(out.parent)
+            free = shutil.disk_usage(out.parent).free
+            if size > free:
+                raise CheckpointError(f"{out}: needs {size / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB left")
+            yield written
+            if not put_new(written, out):
+                raise taken
     except OSError as error:
         raise CheckpointError(f"{out}: cannot be written: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):
-            if partial.is_dir():
-                shutil.rmtree(partial, ignore_errors=True)
-            partial.unlink(missing_ok=True)
-            for folder in made:
-                folder.rmdir()  # those that hold something stay

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from mmdit.attention import missing
+from mmdit.common.errors import SettingsError
 from mmdit.config import MMDiTConfig
 from mmdit.driver.defaults import default_settings
 from mmdit.driver.settings import Settings, check_defaults, check_size, split_lora, user_path
-from mmdit.errors import SettingsError
 from mmdit.kernels.compiled import lacking
 from mmdit.kernels.quantise import QuantisedSource, quantised
 from mmdit.memory.empty import on_meta
@@ -33,6 +33,7 @@ from text_encoders import (
 from vae import Autoencoder, VAEConfig
 from weights import Checkpoint, CheckpointError, Component, Source, hub, open_checkpoint, published
 from weights.adapters import Adapters
+from weights.fingerprint import of_adapter, of_model, with_adapters
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DEMO = Path(__file__).parents[2] / "weights" / "demo"
@@ -51,10 +52,12 @@ class Parts(NamedTuple):
     shift: float  # of its noise schedule
     device: torch.device
     dtype: torch.dtype  # of transformer, CLIPs and autoencoder
+    fingerprint: str  # a hash of the model's files
+    weights: str  # the same with the adapters that the settings name
 
     def check(self, settings: Settings) -> Settings:
-        """The settings with the model's defaults and dtype; SettingsError for what this model cannot do."""
-        settings = replace(settings.resolved(self.defaults), dtype=self.dtype_name)
+        """The settings with the model's defaults, dtype and files; SettingsError for what this model cannot do."""
+        settings = replace(settings.resolved(self.defaults), dtype=self.dtype_name, weights=self.weights)
         modules = {name: network.module for name, network in self.networks.items()}
         check_size(settings, modules["transformer"].config, modules["vae"].config.downscale)
         return settings
@@ -86,7 +89,8 @@ def load_parts(settings: Settings) -> Parts:
             option = f"--{SEPARATE[name].replace('_', '-')} FILE brings one"
             raise CheckpointError(f"{checkpoint.path}: has no {name}, which a picture needs; {option}{hint}")
     shift = shift_of(checkpoint)
-    tokenizers = load_tokenizers(settings, checkpoint)
+    folders = tokenizer_folders(settings, checkpoint)
+    tokenizers = load_tokenizers(*folders)
     components |= {name: checkpoint.component(name) for name in wanted}
     modules |= {name: build(components[name]) for name in wanted if name != "transformer"}
     check_together(components, modules)
@@ -101,8 +105,7 @@ def load_parts(settings: Settings) -> Parts:
         else:
             networks[name] = Network(name, modules[name], source, device)
     adapters = Adapters({name: network for name, network in networks.items() if name != "vae"})
-    for lora in settings.lora:
-        adapters.plan(split_lora(lora)[0])
+    planned = [adapters.plan(split_lora(lora)[0]).report.path for lora in settings.lora]
     text = TextEncoder(
         **tokenizers,
         clip_l=modules["clip_l"],
@@ -111,7 +114,10 @@ def load_parts(settings: Settings) -> Parts:
         t5_mode=settings.t5,
         width=modules["transformer"].config.context_size,
     )
-    return Parts(networks, text, adapters, defaults, shift, device, dtype)
+    configs = {name: module.config for name, module in modules.items()}
+    fingerprint = of_model(components, configs, shift, folders)
+    weights = with_adapters(fingerprint, [of_adapter(path) for path in planned])
+    return Parts(networks, text, adapters, defaults, shift, device, dtype, fingerprint, weights)
 
 
 PUBLISHED: dict[str, Callable[..., dict[str, Any]]] = {
@@ -187,7 +193,7 @@ def open_model(settings: Settings, wanted: list[str]) -> Checkpoint:
     separate = {part: user_path(name, text) for part, (name, text) in given.items() if text is not None}
     path = DEMO if settings.model is None else settings.model
     if isinstance(path, str) and hub.is_id(path):
-        tokenizers = () if settings.tokenizers is not None else tokenizer_folders(settings)
+        tokenizers = () if settings.tokenizers is not None else tokenizer_names(settings)
         path = hub.fetch(path, [name for name in wanted if name not in separate], tokenizers)
     return open_checkpoint(path, separate)
 
@@ -212,23 +218,27 @@ def check_together(components: dict[str, Component], parts: dict[str, Any]) -> N
         raise CheckpointError(f"parts of different models: {'; '.join(wrong)}: {files}")
 
 
-def tokenizer_folders(settings: Settings) -> tuple[str, ...]:
+def tokenizer_names(settings: Settings) -> tuple[str, ...]:
     return ("tokenizer", "tokenizer_2", "tokenizer_3")[: 3 if settings.t5 == "on" else 2]
 
 
-def load_tokenizers(settings: Settings, checkpoint: Checkpoint) -> dict[str, Any]:
+def tokenizer_folders(settings: Settings, checkpoint: Checkpoint) -> list[Path]:
     """Those of --tokenizers, else of the model's folder, else of a Stable Diffusion 3 in the hub's cache."""
     given = None if settings.tokenizers is None else user_path("tokenizers", settings.tokenizers)
-    folder = given or checkpoint.tokenizers or hub.cached_tokenizers(tokenizer_folders(settings))
+    folder = given or checkpoint.tokenizers or hub.cached_tokenizers(tokenizer_names(settings))
     if folder is None:
         raise TokenizerError(
             f"{checkpoint.path}: has no tokenizers: --tokenizers FOLDER names a folder with tokenizer/, "
             "tokenizer_2/ and tokenizer_3/, as every diffusers folder of Stable Diffusion 3 has them"
         )
+    return [folder / name for name in tokenizer_names(settings)]
+
+
+def load_tokenizers(clip_l: Path, clip_g: Path, t5: Path | None = None) -> dict[str, Any]:
     return {
-        "tokenizer_l": CLIPTokenizer.load(folder / "tokenizer"),
-        "tokenizer_g": CLIPTokenizer.load(folder / "tokenizer_2"),
-        "tokenizer_t5": T5Tokenizer.load(folder / "tokenizer_3") if settings.t5 == "on" else None,
+        "tokenizer_l": CLIPTokenizer.load(clip_l),
+        "tokenizer_g": CLIPTokenizer.load(clip_g),
+        "tokenizer_t5": t5 and T5Tokenizer.load(t5),
     }
 
 

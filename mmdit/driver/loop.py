@@ -10,21 +10,23 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmdit.driver.settings import Settings, interval_of
+from mmdit.common.options import Mark, marked
+from mmdit.driver.settings import Settings
 from mmdit.driver.stages import Stages
 from mmdit.driver.texts import Text, Texts, encode, parts, texts_of
 from mmdit.driver.watch import Drawn, Encoded, Event, Finite, Progress, Stepped, Watcher
 from mmdit.memory.plan import Job, Plan
-from mmdit.memory.residency import Mode
+from mmdit.memory.residency import Mode, Role, of_role
 from mmdit.prepared import Prepared, Row
 from samplers import Evaluation, Guidance, Step, classifier_free_guidance, drawing, euler, shifted_sigmas, unguided
+from samplers.options import interval_of
 
 _TOKENS = {"cuda": 2**16}  # denoised at a time: more are no faster, and make the first picture late
 _TOKENS_ELSEWHERE = 2**13
 
 # What may differ between pictures that are drawn together: each row of a batch has its own. All else, whatever is
 # added to Settings, has to agree.
-OWN = ("prompt", "negative", "seed", "count", "out")
+OWN = marked(Settings, Mark.OWN)
 
 
 def kind(s: Settings) -> Settings:
@@ -237,8 +239,7 @@ class Drawing:
     def _plan(self, job: Job) -> Plan:
         """The fastest plan for pictures whose texts are encoded: encoders that are not on the device stay away."""
         plan, now = self._stages.plan_for(job), self._stages.plan.modes
-        encoders = [name for name in now if name not in ("transformer", "vae")]
-        away = {name: now[name] for name in encoders if now[name] is not Mode.RESIDENT}
+        away = {name: now[name] for name in of_role(Role.ENCODES_TEXT, now) if now[name] is not Mode.RESIDENT}
         return replace(plan, modes={**plan.modes, **away})
 
     def _at_a_time(self, job: Job, pictures: int) -> int:

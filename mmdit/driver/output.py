@@ -1,16 +1,19 @@
 """Pictures and dumps onto the disk: named, with their settings inside, whole or not at all."""
 
+import hashlib
+import itertools
 import json
 import os
-import platform
 import re
 import tempfile
 import time
+import unicodedata
+import warnings
 from collections import deque
 from collections.abc import Callable, Container, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from contextlib import contextmanager
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Self
@@ -18,34 +21,49 @@ from typing import Self
 from PIL import Image, PngImagePlugin
 from safetensors import SafetensorError
 
-from mmdit.driver.settings import Settings, user_path
-from mmdit.errors import SettingsError
+from mmdit.common.errors import SettingsError
+from mmdit.common.files import beside, put, put_new
+from mmdit.common.jsons import parse_json
+from mmdit.common.options import Mark, marked
+from mmdit.common.paths import user_path
+from mmdit.driver.settings import Settings
 
 _END = b"\0\0\0\0IEND\xaeB`\x82"  # of every PNG file
 _BEHIND = 16  # pictures that may wait to be written
+_NAME = 120  # bytes of a name that come from the prompt
 
 
-def save_images(images: list[Image.Image], settings: Settings) -> Iterator[Path]:
-    """Write each picture as PNG with its settings inside, where `settings.out` says; gives each path once written.
+def save_image(image: Image.Image, settings: Settings, path: Path) -> Path:
+    """Write one picture with its own settings inside; returns the file. SettingsError where the disk does not take it.
 
-    An `out` that ends in .png is the file, replaced if it is there; with several pictures -1, -2, ... is added before
-    the ending. Any other `out` is a folder, made if need be; in it the files are named after prompt and seed and an
-    existing file is never replaced.
+    Where `settings.out` names a file, that is `path`, and is replaced if it is there. In a folder `path` is the first
+    name to try: what is there is never replaced, not even if it came there a moment ago.
     """
-    for i, image in enumerate(images):
-        own = replace(settings, seed=settings.seed + i, count=1)
-        path = picture_path(own, i, len(images))
-        save_image(image, own, path)
-        yield path
-
-
-def save_image(image: Image.Image, settings: Settings, path: Path) -> None:
-    """Write one picture with its own settings inside; SettingsError where the disk does not take it."""
     info = PngImagePlugin.PngInfo()
     info.add_text("parameters", parameters(settings))
     info.add_text("mmdit", json.dumps(asdict(settings), ensure_ascii=False))
-    with whole_file(path) as partial:
-        image.save(partial, format="PNG", pnginfo=info)
+    with _written(path) as written:
+        image.save(written, format="PNG", pnginfo=info)
+        if not is_file(settings.out):
+            return next(name for name in itertools.chain([path], names(settings)) if put_new(written, name))
+        put(written, path)
+        return path
+
+
+def save_dump(write: Callable[[Path], object], path: Path) -> None:
+    """Write a file by a function of its path, in the place of what is there; SettingsError as above."""
+    with _written(path) as written:
+        write(written)
+        put(written, path)
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[Path]:
+    try:
+        with beside(path) as written:
+            yield written
+    except (OSError, SafetensorError) as error:
+        raise SettingsError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def settings_in(path: Path) -> Settings | None:
@@ -55,11 +73,13 @@ def settings_in(path: Path) -> Settings | None:
             file.seek(-len(_END), os.SEEK_END)
             if file.read() != _END:
                 return None
-        with Image.open(path) as image:
-            settings = Settings(**json.loads(image.info["mmdit"]))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # no pixel is looked at
+            with Image.open(path) as image:
+                settings = Settings(**parse_json(image.info["mmdit"]))
         settings.check()
         return settings
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+    except (OSError, ValueError, LookupError, TypeError, Image.DecompressionBombError):
         return None
 
 
@@ -80,10 +100,7 @@ class Saver:
         self._jobs.append(self._thread.submit(self._save, image, settings, path))
 
     def _save(self, image: Image.Image, settings: Settings, path: Path) -> None:
-        if not is_file(settings.out) and path.exists():
-            path = picture_path(settings)  # somebody else was faster
-        save_image(image, settings, path)
-        self._written(path)
+        self._written(save_image(image, settings, path))
 
     def _wait(self, most: int) -> None:
         start = time.perf_counter()
@@ -112,17 +129,25 @@ def picture_path(settings: Settings, index: int = 0, count: int = 1, taken: Cont
     out = Path(settings.out).expanduser()
     if is_file(settings.out):
         return out if count == 1 else out.with_name(f"{out.stem}-{index + 1}{out.suffix}")
-    name, again = stem(settings), 2
-    path = out / f"{name}.png"
-    while path in taken or path.exists():
-        path, again = out / f"{name}-{again}.png", again + 1
-    return path
+    return next(path for path in names(settings) if path not in taken and not path.exists())
+
+
+def names(settings: Settings) -> Iterator[Path]:
+    """The names that a picture may have in its folder, best first, without end."""
+    out, name = Path(settings.out).expanduser(), stem(settings)
+    yield out / f"{name}.png"
+    yield from (out / f"{name}-{again}.png" for again in itertools.count(2))
 
 
 def stem(settings: Settings) -> str:
-    """A file's name after prompt and seed."""
-    words = re.sub(r"[^a-z0-9]+", "-", settings.prompt.lower()).strip("-")[:60].rstrip("-") or "picture"
-    return f"{words}-{settings.seed}"
+    """A file's name after prompt and seed: the letters and digits of any language, without their case."""
+    text = unicodedata.normalize("NFC", settings.prompt.lower())
+    # A mark is part of the letter that it follows.
+    kept = "".join(c if c.isalnum() or unicodedata.category(c).startswith("M") else "-" for c in text)
+    words = re.sub("-+", "-", kept).strip("-").encode()[:_NAME].decode(errors="ignore").rstrip("-")
+    if not words and text.strip():  # an emoji, for one
+        words = f"picture-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return f"{words or 'picture'}-{settings.seed}"
 
 
 def parameters(settings: Settings) -> str:
@@ -139,7 +164,8 @@ def parameters(settings: Settings) -> str:
         "Size": f"{settings.width}x{settings.height}",
         "Model": Path(settings.model).name if settings.model else "demo",
     }
-    told = ("prompt", "negative", "steps", "cfg", "seed", "width", "height", "model", "out", "dump", "count")
+    told = {"prompt", "negative", "steps", "cfg", "seed", "width", "height", "model", "out", "count"}
+    told |= {*marked(settings, Mark.OF_THE_RUN)} - {"memory"}
     own = {name: value for name, value in asdict(settings).items() if name not in told and value not in (None, ())}
     pairs = ", ".join(f"{name}: {quoted(value)}" for name, value in {**known, **own, "Version": engine()}.items())
     negative = f"\nNegative prompt: {settings.negative}" if settings.negative else ""
@@ -173,50 +199,10 @@ def check_writable(settings: Settings) -> None:
 
 
 def check_folder(name: str, folder: Path) -> None:
-    """Make a folder if need be and try to write into it, leaving no trace."""
-    made = [p for p in (folder, *folder.parents) if not p.exists()]
+    """Try to write into a folder, or where it is going to be made, leaving no trace; SettingsError."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
         raise SettingsError(f"{name}: cannot write into {folder}: {error.strerror or error}") from None
-    finally:
-        # A folder is made for good with its first file; a run that fails before leaves none.
-        with suppress(OSError):
-            for path in made:
-                path.rmdir()
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A name to write to; what stands there when all went well becomes `path`, else nothing remains.
-
-    Raises SettingsError where the disk does not take it.
-    """
-    made = [p for p in path.parents if not p.exists()]
-    partial = path.with_name(f".{platform.node()}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        raise SettingsError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-            for folder in made:
-                folder.rmdir()  # those that hold a file stay
-
-
-def sweep(folder: Path) -> None:
-    """Remove what processes left in a folder that were killed while they wrote into it."""
-    if os.name != "posix":
-        return
-    for partial in folder.glob(f".{platform.node()}.*.partial"):
-        with suppress(OSError, ValueError):
-            pid = int(partial.name.split(".")[-2])
-            try:
-                os.kill(pid, 0)  # only asks whether there is such a process
-            except ProcessLookupError:
-                partial.unlink()

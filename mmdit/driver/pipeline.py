@@ -14,12 +14,12 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from mmdit.common.errors import SettingsError
 from mmdit.driver.loading import Parts, load_parts
 from mmdit.driver.loop import Drawing
 from mmdit.driver.settings import Settings, alone, settings_from, split_lora
 from mmdit.driver.stages import NotFiniteError, Stages
 from mmdit.driver.watch import OnStep, Stepped, Trace, Watcher
-from mmdit.errors import SettingsError
 from mmdit.kernels.compiled import compile_model
 from mmdit.kernels.onednn import by_onednn
 from mmdit.memory.budget import DeviceMemoryError, memory_errors

@@ -1,25 +1,21 @@
 """A list of pictures: the file that it is read from, and which of its pictures are there already."""
 
 import codecs
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mmdit.common.errors import SettingsError
+from mmdit.common.jsons import parse_json
+from mmdit.common.options import Mark, marked
+from mmdit.common.paths import user_path
 from mmdit.driver.output import check_writable, is_file, picture_path, settings_in, stem
-from mmdit.driver.settings import LOADED, Settings, alone, settings_from, split_lora, user_path
-from mmdit.errors import SettingsError
+from mmdit.driver.settings import Settings, alone, identity, keywords, settings_from
 
 JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
-
-# What belongs to a whole run, not to one of its pictures.
-OF_THE_RUN = ("memory", "dump", "prompts")
-# What does not change a picture, but for rounding. `count` is 1 for every picture alone.
-NOT_SEEN = (*OF_THE_RUN, "device", "out", "count")
 
 
 class Line(NamedTuple):
@@ -89,21 +85,11 @@ def read_lines(path: Path) -> dict[int, str]:
 
 def from_json(text: str) -> dict[str, Any]:
     """The object that a line of JSON holds; SettingsError."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            raise SettingsError("names a setting twice")
-        return found
-
     try:
-        value = json.loads(text, object_pairs_hook=once)
-    except SettingsError:
-        raise
-    except (ValueError, RecursionError) as error:
-        reason = str(error) if isinstance(error, json.JSONDecodeError) else "too deep or too long"
+        value = parse_json(text)
+    except ValueError as error:
         raise SettingsError(
-            f"is not JSON: {reason} (a list whose name ends in .jsonl or that begins with {{ is JSON lines)"
+            f"is not JSON: {error} (a list whose name ends in .jsonl or that begins with {{ is JSON lines)"
         ) from None
     if not isinstance(value, dict):
         raise SettingsError('expected an object such as {"prompt": "a horse", "seed": 1}')
@@ -112,11 +98,12 @@ def from_json(text: str) -> dict[str, Any]:
 
 def picture_settings(given: dict[str, Any], base: Settings) -> Settings:
     """`base` with what a line says; SettingsError for what is not a picture's own."""
-    own = [f.name for f in fields(Settings) if f.name not in (*LOADED, *OF_THE_RUN)]
+    loaded, of_the_run = marked(base, Mark.LOADED), marked(base, Mark.OF_THE_RUN)
+    own = [name for name in keywords(base) if name not in (*loaded, *of_the_run)]
     for name in given:
-        if name in LOADED:
+        if name in loaded:
             raise SettingsError(f"{name} is fixed when the model is loaded, for all lines: give it as an option")
-        if name in OF_THE_RUN:
+        if name in of_the_run:
             raise SettingsError(f"{name} belongs to the whole run: give it as an option; a line has {', '.join(own)}")
     settings = settings_from(given, base)
     if "prompt" not in given:
@@ -180,15 +167,3 @@ class Folders:
                 for name in {path.stem, re.sub(r"-\d+$", "", path.stem)}:
                     files.setdefault(name, []).append(path)
         return self._files[folder].get(wanted, [])
-
-
-def identity(settings: Settings) -> object:
-    """What two settings have in common that draw the same picture; hashable."""
-
-    def same(path: str) -> str:
-        return os.path.abspath(os.path.expanduser(path))
-
-    paths = ("model", "clip_l", "clip_g", "t5xxl", "vae", "tokenizers")
-    loras = tuple((same(path), scale) for path, scale in map(split_lora, settings.lora))
-    values = {f.name: getattr(settings, f.name) for f in fields(Settings) if f.name not in (*NOT_SEEN, "lora")}
-    return tuple((n, same(v) if n in paths and v is not None else v) for n, v in values.items()), loras

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from mmdit.attention import attention_by
+from mmdit.common.errors import SettingsError
 from mmdit.driver.loading import Parts, check_there, part_dtype
 from mmdit.driver.settings import LOADED, Settings
-from mmdit.errors import SettingsError
 from mmdit.kernels.process import Switch
 from mmdit.memory.budget import DeviceMemoryError, budget_of, memory_errors
 from mmdit.memory.plan import Job, Plan
@@ -29,6 +29,7 @@ from mmdit.prepared import Prepared, Row, predict
 from samplers import NEGATIVE, PROMPT, Velocity, classifier_free_guidance, guided, unguided
 from text_encoders import Conditioning
 from vae import Autoencoder, decode_in_strips
+from weights.fingerprint import with_adapters
 
 T = TypeVar("T")
 
@@ -63,7 +64,9 @@ class Stages:
     @property
     def actual(self) -> dict[str, Any]:
         """What "auto" came to, and the adapters that are in."""
-        return {"device": self.device.type, "dtype": self.parts.dtype_name, "lora": self.adapters.settings}
+        lora = self.adapters.settings
+        weights = with_adapters(self.parts.fingerprint, self.adapters.contents)
+        return {"device": self.device.type, "dtype": self.parts.dtype_name, "lora": lora, "weights": weights}
 
     def check(self, settings: Settings) -> Settings:
         """The settings with defaults filled in; raises SettingsError for what this model cannot do."""

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmdit.errors import SettingsError
+from mmdit.common.errors import SettingsError
 from mmdit.model import JointBlock, LayerNorm, MMDiT
 
 _SHAPES = 64  # kinds of block times sizes and batches; past PyTorch's own limit, 8, the next would not be compiled

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from mmdit.errors import SettingsError
+from mmdit.common.errors import SettingsError
 from mmdit.memory.costs import Costs
 from mmdit.memory.meter import peak_bytes
 from mmdit.memory.plan import Bytes, Job, Plan, told

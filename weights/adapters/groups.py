@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from mmdit.common.jsons import parse_json, read_json
 from weights.adapters.scale import Scaling
 from weights.errors import CheckpointError
 from weights.header import DTYPES, TensorInfo, read_header
-from weights.jsons import parse_json, read_json
 
 _DOWN = (".lora_down.weight", ".lora_A.weight", ".lora.down.weight", "_lora.down.weight",
          ".lora_linear_layer.down.weight", ".lora_A")  # fmt: skip
@@ -172,7 +172,7 @@ def find_adapter(path: Path) -> tuple[Path, Path | None]:
 def _scalings(file: Path, config: Path | None) -> dict[str, Scaling]:
     """PEFT's configurations by prefix: of adapter_config.json, else those in the file's metadata."""
     if config is not None:
-        found = {"": Scaling.from_json(read_json(config), str(config))}
+        found = {"": Scaling.from_json(read_json(config, CheckpointError), str(config))}
     else:
         where = f"{file}: metadata {_METADATA}"
         found = {prefix: Scaling.from_json(v, where) for prefix, v in _by_prefix(_metadata(file), where).items()}

@@ -21,6 +21,7 @@ from weights.adapters.plan import Plan, Report, Step, make_plan
 from weights.adapters.scale import alpha_factor
 from weights.adapters.targets import Lookup
 from weights.errors import CheckpointError
+from weights.fingerprint import of_adapter
 from weights.keymap import convert
 
 Place = tuple[str, str]  # component and name of a tensor in it
@@ -44,6 +45,7 @@ class Active:
     path: Path
     scale: float
     changes: dict[Place, list[Change]]
+    contents: str = ""  # a hash of its files, as they were when it was merged
 
 
 class Weights(Protocol):
@@ -111,6 +113,11 @@ class Adapters:
         """Those merged in as `--lora` takes them, FILE_OR_FOLDER:SCALE."""
         return tuple(f"{adapter.path}:{adapter.scale!r}" for adapter in self._active.values())
 
+    @property
+    def contents(self) -> tuple[str, ...]:
+        """A hash of what each of those merged in holds, in their order."""
+        return tuple(adapter.contents for adapter in self._active.values())
+
     def plan(self, path: str | Path) -> Plan:
         """What `add` would do, from the file's header; raises what it would raise for the names and shapes."""
         try:
@@ -134,7 +141,9 @@ class Adapters:
             name, again = f"{plan.report.name}-{again}", again + 1
         report = replace(plan.report, name=name)
         changes = read_changes(plan)
-        self._merge({**self._active, name: Active(report.path, float(scale), changes)}, changes)
+        self._merge(
+            {**self._active, name: Active(report.path, float(scale), changes, of_adapter(report.path))}, changes
+        )
         if (warning := report.warning()) is not None:
             warnings.warn(warning, stacklevel=2)
         return report

@@ -4,10 +4,11 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mmdit.common.errors import one_line
 from weights.adapters.groups import AdapterFile, open_adapter
 from weights.adapters.kinds import DIFF, SET, Kind, Shapes, fits, kind_of, magnitude_shape
 from weights.adapters.targets import Lookup, Target, is_idle, other_model, owner
-from weights.errors import CheckpointError, one_line
+from weights.errors import CheckpointError
 
 _SHOWN, _LONGEST = 3, 160  # names in a message, characters of one
 _PEFT = "adapter_model.safetensors"

@@ -5,30 +5,30 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from weights.errors import CheckpointError
+from mmdit.common.errors import UserError
 
 MAX_BYTES = 16_000_000  # of a file: a configuration, an index or a vocabulary
 MAX_VALUES = 1_000_000  # in one text; the header of a published model has about 10,000
 MAX_DEPTH = 20
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; CheckpointError when unreadable, not JSON, or not an object."""
+def read_json(path: Path, error: type[UserError]) -> dict[str, Any]:
+    """The JSON object in `path`; raises `error` when it is unreadable, not JSON, or not an object."""
     if path.exists() and not path.is_file():
-        raise CheckpointError(f"{path}: not a regular file")
+        raise error(f"{path}: not a regular file")
     try:
         size = path.stat().st_size
         if size > MAX_BYTES:
-            raise CheckpointError(f"{path}: {size} bytes of JSON, at most {MAX_BYTES} are read")
+            raise error(f"{path}: {size} bytes of JSON, at most {MAX_BYTES} are read")
         raw = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    except OSError as failed:
+        raise error(f"{path}: cannot be read: {failed.strerror}") from None
     try:
         value = parse_json(raw)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
+    except ValueError as failed:
+        raise error(f"{path}: not valid JSON: {failed}") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
+        raise error(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
 
 

@@ -1,0 +1,64 @@
+"""What the command lines have in common: mistakes on one line, exit codes, and what may reach the terminal."""
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from typing import NoReturn
+
+from tqdm import tqdm
+
+from mmdit.common.errors import UserError, one_line
+
+MISTAKE, INTERRUPTED, CLOSED_PIPE = 2, 130, 141  # exit codes; the last two as shells have them for these signals
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong on one line and exits with 2."""
+
+    def error(self, message: str) -> NoReturn:
+        say(f"error: {message[:1000]} (--help lists the options)")
+        raise SystemExit(MISTAKE)
+
+
+def say(text: str) -> None:
+    """One line for people, on standard error, above the progress bar; standard output is for results alone."""
+    tqdm.write(one_line(text), file=sys.stderr)
+
+
+def give(result: object) -> None:
+    """One line of results, on standard output, at once: who reads from a pipe does not wait for the end."""
+    tqdm.write(one_line(str(result)), file=sys.stdout)
+    sys.stdout.flush()
+
+
+def exit_code(work: Callable[[], None], interrupted: str) -> int:
+    """Do the work of a command line; says what went wrong. interrupted: what to say after an interrupt."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = lambda message, *_: say(f"warning: {message}")
+        try:
+            try:
+                work()
+            finally:
+                sys.stdout.flush()  # a closed pipe is noticed here, not when Python has ended
+        except UserError as error:
+            say(f"error: {error}")
+            return MISTAKE
+        except KeyboardInterrupt:
+            say(f"interrupted: {interrupted}")
+            return INTERRUPTED
+        except BrokenPipeError:
+            return CLOSED_PIPE
+    return 0
+
+
+def program(main: Callable[[], int]) -> NoReturn:
+    """Run `main` as a process of its own, and end with its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names that a terminal cannot show
+    code = main()
+    if code == CLOSED_PIPE:  # at its end Python tries once more to write what is left, and would say so
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)

@@ -1,0 +1,91 @@
+"""What a user may say of the picture, of the model's files, and of where things go."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from mmdit.common.options import Mark, from_one, option, wrong
+from mmdit.common.paths import split_scale
+
+
+@dataclass(frozen=True)
+class PictureOptions:
+    """The picture"""
+
+    prompt: str = option("", "what to draw", Mark.OWN)
+    negative: str = option("", "what to steer away from", Mark.OWN, metavar="TEXT")
+    width: int | None = option(None, "picture width in pixels", usual=1024, metavar="W", check=from_one)
+    height: int | None = option(None, "picture height in pixels", usual=1024, metavar="H", check=from_one)
+    seed: int = option(0, "seed of the first picture; picture i has seed S + i", Mark.OWN, metavar="S")
+    count: int = option(1, "number of pictures", Mark.OWN, Mark.NOT_SEEN, metavar="N", check=from_one)
+
+    def check_together(self) -> None:
+        if not -(2**63) <= self.seed <= 2**64 - self.count:
+            raise wrong("seed", self.seed, "a whole number of at most 64 bits")
+
+
+def _check_lora(_: str, value: Any) -> None:
+    split_scale(value)
+
+
+def _file(what: str) -> Any:
+    return option(None, f"{what} from this file, not the model's", Mark.LOADED, Mark.PATH, metavar="FILE")
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The model"""
+
+    model: str | None = option(
+        None,
+        "diffusers folder, .safetensors or .gguf file, or Hugging Face id (default: the demo model)",
+        Mark.LOADED,
+        Mark.PATH,
+        metavar="FOLDER|FILE|ID",
+    )
+    clip_l: str | None = _file("CLIP-L")
+    clip_g: str | None = _file("CLIP-G")
+    t5xxl: str | None = _file("T5")
+    vae: str | None = _file("autoencoder")
+    tokenizers: str | None = option(
+        None,
+        "folder with tokenizer/, tokenizer_2/, tokenizer_3/, for a single file",
+        Mark.LOADED,
+        Mark.PATH,
+        metavar="FOLDER",
+    )
+    lora: tuple[str, ...] = option(
+        (),
+        "adapter to merge, a file or a folder, with its strength (default 1); repeat it for more",
+        Mark.LOADED,
+        Mark.PATH,
+        metavar="FILE|FOLDER[:SCALE]",
+        check=_check_lora,
+    )
+    weights: str | None = option(None, "a hash of what these files hold", Mark.FOUND)
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """What is written, and a list in place of a prompt"""
+
+    out: str = option(
+        "out",
+        "PNG file, or folder for files named after prompt and seed",
+        Mark.OWN,
+        Mark.NOT_SEEN,
+        metavar="FILE|FOLDER",
+    )
+    prompts: str | None = option(
+        None,
+        "draw a list: a prompt a line, or JSON lines with any setting of a picture; what is there is skipped",
+        Mark.OF_THE_RUN,
+        Mark.NOT_SEEN,
+        metavar="FILE",
+    )
+    dump: str | None = option(
+        None,
+        "write every stage's tensors into this file",
+        Mark.OF_THE_RUN,
+        Mark.NOT_SEEN,
+        metavar="FILE.safetensors",
+    )
