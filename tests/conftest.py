@@ -3,7 +3,9 @@
     pytest          a sample: of long sweeps the same few cases every time, of damaged files 200 of each kind
     pytest --all    all cases, and 1500 damaged files of each kind
 
-A case that belongs to a long sweep and not to its sample is marked `sweep`.
+    pytest -m gpu   the tests that need CUDA, and no others
+
+A case that belongs to a long sweep and not to its sample is marked `sweep`, one that needs CUDA `gpu`.
 """
 
 import os
@@ -11,6 +13,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 from manifests import DATA
 
 
@@ -20,11 +23,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "sweep: one of many like it; runs with --all")
+    config.addinivalue_line("markers", "gpu: needs CUDA; skipped where there is none, alone with -m gpu")
     if config.getoption("--all"):
         os.environ.setdefault("FUZZ", "1500")  # see fuzzing
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU with CUDA"))
     if not config.getoption("--all"):
         left = [item for item in items if item.get_closest_marker("sweep")]
         config.hook.pytest_deselected(items=left)

@@ -84,7 +84,7 @@ def test_a_mapped_file_is_not_written_to(tmp_path: Path) -> None:
     assert (tmp_path / "model.safetensors").read_bytes() == content
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="originals lie elsewhere only where there is a GPU")
+@pytest.mark.gpu
 def test_originals_take_no_memory_of_the_device(tmp_path: Path) -> None:
     """They come back bit for bit, as the same parameters, on the device; merged there, and after a move."""
     toy = Toy(tmp_path, "transformer", dtype=torch.bfloat16)

@@ -16,13 +16,12 @@ from mmdit.config import TOY
 from mmdit.model import MMDiT
 from mmdit.options import ATTENTIONS
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1, 2, 1, 8), (2, 37, 53, 3, 64), (1, 515, 521, 2, 64), (3, 700, 640, 1, 40)]  # B, N, M, heads, size
 AUTO = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
 THERE = [
-    (name, device, dtype)
-    for name, device, dtype in itertools.product(BACKENDS, DEVICES, DTYPES)
+    pytest.param(name, device, dtype, marks=[pytest.mark.gpu] if device == "cuda" else [])
+    for name, device, dtype in itertools.product(BACKENDS, ["cpu", "cuda"], DTYPES)
     if name != "cores" and missing(name, torch.device(device), dtype) is None
 ]
 # Where the processor does not multiply bfloat16, products of float32 stand in: all but the speed is the same.

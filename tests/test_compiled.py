@@ -48,7 +48,7 @@ def whole(model: MMDiT) -> None:
     compile_blocks(model, backend="aot_eager")
 
 
-WAYS = [pytest.param(compile_norms, marks=compiler), whole, by_onednn]
+WAYS = [pytest.param(compile_norms, marks=compiler), whole]
 
 
 @torch.no_grad()

@@ -214,7 +214,7 @@ def full(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Network]]:
 # ---- a GPU ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("kept", [0, 1])
 def test_every_way_of_being_there_draws_the_same_on_a_gpu(folders: dict[str, Path], kept: int) -> None:
     """Bit for bit, twice over; by streams, which a model of this size would never get by itself."""

@@ -13,7 +13,7 @@ from mmdit import Pipeline, Settings
 # Measured on CPUs, with AMX and with AVX2 alone: 0, at most 0.0014 and at most 0.0111. A third or so is left for other
 # processors and GPUs. Without T5 a picture is 0.045 off.
 NEAR = {"fp32": 1e-4, "fp16": 0.002, "bf16": 0.015}
-cuda = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
+cuda = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
 @pytest.fixture(scope="module")

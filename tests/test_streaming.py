@@ -178,7 +178,7 @@ def test_a_break_with_places_that_are_refilled(monkeypatch: pytest.MonkeyPatch, 
 # ---- a GPU ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("late", ["copies", "computing"])
 @pytest.mark.parametrize("room", [True, False])
 def test_queues_of_a_gpu_wait_for_each_other(monkeypatch: pytest.MonkeyPatch, late: str, room: bool) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from test_attention import draw, written_out
 from test_memory import RUNGS
 from toys import toy_folder
@@ -115,6 +116,38 @@ def test_two_pipelines_by_two_attentions(model: Path) -> None:
 
     at_once(*(lambda p=p: draw_by(p) for p in pipelines.values()))
     assert asked == {"math": {"math"}, "sdpa": {"sdpa"}}
+
+
+def test_adapters_that_change_between_turns(model: Path, tmp_path: Path) -> None:
+    """While one thread draws, another adds and removes an adapter: a step is computed with it or without it whole."""
+    draw_one = torch.Generator().manual_seed(0)
+    save_file(
+        {
+            "transformer.transformer_blocks.0.ff.net.2.lora_A.weight": torch.randn(3, 512, generator=draw_one),
+            "transformer.transformer_blocks.0.ff.net.2.lora_B.weight": torch.randn(128, 3, generator=draw_one),
+            "transformer.transformer_blocks.1.ff.net.2.lora_A.weight": torch.randn(3, 512, generator=draw_one),
+            "transformer.transformer_blocks.1.ff.net.2.lora_B.weight": torch.randn(128, 3, generator=draw_one),
+        },
+        tmp_path / "a.safetensors",
+    )
+    pipeline = Pipeline.load(model, dtype="fp32", device="cpu")
+    plain = pipeline("a horse", steps=1)[0]
+    name = pipeline.adapters.add(tmp_path / "a.safetensors", 0.1).name
+    adapted = pipeline("a horse", steps=1)[0]
+    pipeline.adapters.remove(name)
+    assert far(plain, adapted) > 10
+
+    def change() -> None:
+        for _ in range(8):
+            pipeline.adapters.remove(pipeline.adapters.add(tmp_path / "a.safetensors", 0.1).name)
+
+    def look() -> None:
+        for _ in range(8):
+            found = pipeline("a horse", steps=1)[0]
+            assert min(far(found, plain), far(found, adapted)) <= 1
+
+    at_once(change, look)
+    assert far(pipeline("a horse", steps=1)[0], plain) == 0
 
 
 # ---- settings of the process ---------------------------------------------------------------------

@@ -56,7 +56,7 @@ class Stages:
         self.defaults, self.shift, self.device, self.dtype = parts.defaults, parts.shift, parts.device, parts.dtype
         self.parts, self.settings = parts, settings
         self.residency, self.planner = Residency(networks), Planner(networks, self.device, self.dtype)
-        self.turn = _CPU if self.device.type == "cpu" else RLock()
+        self.turn = self.adapters.turn = _CPU if self.device.type == "cpu" else RLock()
         self._attention = "auto"  # that of the transformer as it was built
 
     # ---- settings --------------------------------------------------------------------------------

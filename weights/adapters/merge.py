@@ -8,6 +8,7 @@ it was. Nothing is ever written into a weight: it may be a view of a file.
 import math
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -94,7 +95,9 @@ class Adapters:
         """networks: of "transformer", "clip_l", "clip_g" and "t5".
 
         A module is filled, or on "meta" for `plan` alone; it may be moved while an adapter is in, not converted.
+        `turn`, a context, is entered while weights change: whoever computes with them in other threads holds it too.
         """
+        self.turn: AbstractContextManager[object] = nullcontext()
         self._networks = {n: FilledModule(it) if isinstance(it, nn.Module) else it for n, it in networks.items()}
         self._active: dict[str, Active] = {}
         self._merged: dict[Place, Tensor] = {}
@@ -136,14 +139,13 @@ class Adapters:
         """
         check_scale(scale)
         plan = self.plan(path)
-        name, again = plan.report.name, 2
-        while name in self._active:
-            name, again = f"{plan.report.name}-{again}", again + 1
-        report = replace(plan.report, name=name)
-        changes = read_changes(plan)
-        self._merge(
-            {**self._active, name: Active(report.path, float(scale), changes, of_adapter(report.path))}, changes
-        )
+        changes, contents = read_changes(plan), of_adapter(plan.report.path)
+        with self.turn:
+            name, again = plan.report.name, 2
+            while name in self._active:
+                name, again = f"{plan.report.name}-{again}", again + 1
+            report = replace(plan.report, name=name)
+            self._merge({**self._active, name: Active(report.path, float(scale), changes, contents)}, changes)
         if (warning := report.warning()) is not None:
             warnings.warn(warning, stacklevel=2)
         return report
@@ -151,17 +153,19 @@ class Adapters:
     def rescale(self, name: str, scale: float) -> None:
         """Give an adapter another scale, in its place among the others. Raises CheckpointError for an unknown name."""
         check_scale(scale)
-        adapter = replace(self._known(name), scale=float(scale))
-        self._merge({**self._active, name: adapter}, adapter.changes)
+        with self.turn:
+            adapter = replace(self._known(name), scale=float(scale))
+            self._merge({**self._active, name: adapter}, adapter.changes)
 
     def remove(self, name: str | None = None) -> None:
         """Take an adapter out, or all; what no adapter changes any more is the original parameter again.
 
         Raises CheckpointError for an unknown name.
         """
-        gone = list(self._active) if name is None else [name]
-        places = {place for n in gone for place in self._known(n).changes}
-        self._merge({n: adapter for n, adapter in self._active.items() if n not in gone}, places)
+        with self.turn:
+            gone = list(self._active) if name is None else [name]
+            places = {place for n in gone for place in self._known(n).changes}
+            self._merge({n: adapter for n, adapter in self._active.items() if n not in gone}, places)
 
     def _known(self, name: str) -> Active:
         if name not in self._active:
