@@ -314,7 +314,7 @@ def test_senseless_defaults_are_refused(broken: Path, defaults: dict) -> None:
     [
         ({"stepz": 3}, "no setting 'stepz': did you mean steps?"),
         ({"negative_prompt": "x"}, "did you mean negative?"),
-        ({"qqq": 3}, "there are prompt, negative, model"),
+        ({"qqq": 3}, "there are prompt, negative, width"),
         ({"t5": "off"}, "t5 is fixed when the model is loaded"),
         ({"dtype": "bf16"}, "dtype is fixed"),
         ({"device": "cuda"}, "device is fixed"),
