@@ -9,9 +9,13 @@ for each a velocity for every text in it, and returns one.
 
 from collections.abc import Callable, Generator, Sequence
 from functools import update_wrapper
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
+
+Q = TypeVar("Q")
+A = TypeVar("A")
+R = TypeVar("R")
 
 PROMPT, NEGATIVE = "prompt", "negative"  # the texts that a picture has
 
@@ -78,19 +82,15 @@ class Solver:
         drown in a shorter type. sigmas: falling, `(steps + 1,)`. callback: called after each step; what it raises ends
         the run.
         """
-        solving: Any = self.steps(x, sigmas)
-        answer = None
-        while True:
-            try:
-                told = solving.send(answer)
-            except StopIteration as end:
-                return end.value
+
+        def answer(told: Point | Step) -> Tensor:
             if isinstance(told, Point):
-                answer = velocity(*told)
-                continue
+                return velocity(*told)
             if callback is not None:
                 callback(told)
-            answer = told.x
+            return told.x
+
+        return answered(self.steps(x, sigmas), answer)
 
 
 def solver(levels: Callable[[Tensor], Tensor] = _levels) -> Callable[[Callable[[Tensor, Tensor], Solving]], Solver]:
@@ -120,15 +120,15 @@ def drawing(
 
 def guided(predict: Predict, guidance: Guidance) -> Velocity:
     """The velocity that a guidance makes of a network, for a solver that is called as a function."""
+    return lambda x, sigma: answered(guidance(x, sigma), lambda asked: predict(*asked))
 
-    def velocity(x: Tensor, sigma: Tensor) -> Tensor:
-        guiding: Any = guidance(x, sigma)
-        answer = None
-        while True:
-            try:
-                asked = guiding.send(answer)
-            except StopIteration as end:
-                return end.value
-            answer = predict(*asked)
 
-    return velocity
+def answered(asking: Generator[Q, A, R], answer: Callable[[Q], A]) -> R:
+    """What a generator returns in the end, each of its questions answered."""
+    given: Any = None
+    while True:
+        try:
+            question = asking.send(given)
+        except StopIteration as end:
+            return end.value
+        given = answer(question)
