@@ -57,8 +57,8 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         size = x.shape[-1]
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        inverse = (norm.square_() / size).add_(eps).rsqrt_().to(x.dtype)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # sums in float32 whatever x is
+        inverse = (norm.float().square_() / size).add_(eps).rsqrt_().to(x.dtype)
         scaled = x * inverse
         ctx.save_for_backward(scaled, inverse, weight)
         return scaled * weight
@@ -67,7 +67,7 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx, dy: Tensor):
         scaled, inverse, weight = ctx.saved_tensors
         product = dy * scaled
-        dweight = product.flatten(0, -2).sum(0, dtype=torch.float32).to(weight.dtype)
+        dweight = product.flatten(0, -2).sum(0)
         mean = torch.matmul(product, weight[:, None]) / -scaled.shape[-1]  # (..., 1)
         dx = torch.addcmul(dy * weight, scaled, mean).mul_(inverse)
         return dx, dweight, None

@@ -34,7 +34,7 @@ class Encoder:
         self.device, self.dtype = device, number_format(device)
         vae = Autoencoder(VAE_CONFIG)
         vae.load_state_dict(torch.load(work / "vae.pt", weights_only=True)["average"])
-        self.vae = vae.requires_grad_(False).to(device, self.dtype, memory_format=torch.channels_last)
+        self.vae = vae.requires_grad_(False).to(device, self.dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @torch.no_grad()
     def __call__(self, rng: Random, count: int, size: tuple[int, int]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -1,7 +1,7 @@
 """The scenes that the demo model draws: one to four colour emoji on a coloured ground, with a caption.
 
-An emoji may be tinted in a colour that is not its own. Two stand left and right, three left, middle and right, four in the
-corners in reading order.
+An emoji may be tinted in a colour that is not its own. Two stand left and right, three left, middle and right, the
+middle one lower, so that all are as large as two are, and four in the corners in reading order.
 
 The glyphs are those of Noto Color Emoji (Debian package fonts-noto-color-emoji, licence OFL 1.1), rendered by Pillow.
 A scene is a pure function of its fields, so a picture can be rendered again for comparison.
@@ -57,15 +57,15 @@ OWN: dict[str, str] = {
     "cake": "pink yellow", "tractor": "green blue",
 }  # fmt: skip
 
-CELL = {1: 44 / 64, 2: 28 / 64, 3: 19 / 64, 4: 28 / 64}  # a glyph's cell, as a fraction of the picture's side
-JITTER = {1: 2, 2: 1, 3: 1, 4: 1}  # how far a glyph may stand from its place along each axis, in 64ths of the side
+CELL = {1: 44 / 64, 2: 28 / 64, 3: 28 / 64, 4: 28 / 64}  # a glyph's cell, as a fraction of the picture's side
+JITTER = {1: 1, 2: 1, 3: 1, 4: 1}  # how far a glyph may stand from its place along each axis, in 64ths of the side
 PLACES = {
     1: ((1 / 2, 1 / 2),),
     2: ((1 / 4, 1 / 2), (3 / 4, 1 / 2)),
-    3: ((1 / 6, 1 / 2), (1 / 2, 1 / 2), (5 / 6, 1 / 2)),
+    3: ((1 / 4, 1 / 4), (1 / 2, 3 / 4), (3 / 4, 1 / 4)),
     4: ((1 / 4, 1 / 4), (3 / 4, 1 / 4), (1 / 4, 3 / 4), (3 / 4, 3 / 4)),
 }  # centres as fractions of width and height, in the order of the caption
-SHARES = {1: 0.3, 2: 0.25, 3: 0.2, 4: 0.25}  # of the training scenes
+SHARES = {1: 0.4, 2: 0.2, 3: 0.2, 4: 0.2}  # of the training scenes
 TINTED = 0.3  # of the subjects
 PAIRS_HELD_OUT, TINTS_HELD_OUT = 10, 20  # one of so many
 
@@ -157,7 +157,8 @@ def random_scene(
     tints = [rng.choice(tints_of(noun, unseen_tint)) if rng.random() < tinted else None for noun in nouns]
     reach = JITTER[count]
     subjects = tuple(
-        Subject(noun, tint, (rng.randint(-reach, reach), rng.randint(-reach, reach))) for noun, tint in zip(nouns, tints)
+        Subject(noun, tint, (rng.randint(-reach, reach), rng.randint(-reach, reach)))
+        for noun, tint in zip(nouns, tints)
     )
     ground = rng.choice([colour for colour in COLOURS if colour not in tints])  # a red horse on red would be lost
     return Scene(subjects, ground, rng.random() < 0.7)
@@ -213,7 +214,7 @@ def glyph(noun: str, side: int, tint: str | None = None) -> np.ndarray:
 
 
 def tinted_as(patch: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
-    """A glyph `(s, s, 4)` in shades of one colour: its mean brightness becomes the colour, less is darker, more paler."""
+    """A glyph `(s, s, 4)` in shades of one colour: mean brightness becomes the colour, less is darker, more paler."""
     rgb, alpha = patch[..., :3] / 255.0, patch[..., 3:]
     light = rgb @ np.array([[0.299], [0.587], [0.114]], np.float32)  # (s, s, 1)
     mean = (light * alpha).sum() / alpha.sum()

@@ -32,7 +32,9 @@ class Team:
         pairs = list(zip(source.parameters(), target.parameters()))
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p, _ in pairs]
         notes = [share if self.rank == 0 else 0.0, loss / self.size, float(self.stopped)]
-        flat = torch.cat([g.flatten().float() / self.size for g in gradients] + [gradients[0].new_tensor(notes).float()])
+        flat = torch.cat(
+            [g.flatten().float() / self.size for g in gradients] + [gradients[0].new_tensor(notes).float()]
+        )
         if self.size > 1:
             dist.all_reduce(flat)
         *parts, notes = flat.split([g.numel() for g in gradients] + [3])

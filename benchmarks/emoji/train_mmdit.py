@@ -3,11 +3,11 @@
 One process for each core, or on a GPU one alone: `python -m benchmarks.emoji.train_mmdit --device cuda --batch 512`.
 
 Rectified flow (Esser et al. 2024, arXiv 2403.03206): x = (1 - sigma) latent + sigma noise, the target is
-noise - latent, sigma is drawn logit-normally. Whole captions and single encoders are dropped at random, so that guidance
-and running without T5 work. Needs the autoencoder of `train_vae`.
+noise - latent, sigma is drawn logit-normally. Whole captions and single encoders are dropped at random, so that
+guidance and running without T5 work. Needs the autoencoder of `train_vae`.
 
-The learning rate is constant, and falls to nothing in the last minutes of a sitting. `mmdit.pt` is from before the fall,
-and the next sitting resumes from it; `mmdit-final.pt` is from after, to be exported. SIGTERM saves and ends.
+The learning rate is constant, and falls to nothing in the last minutes of a sitting. `mmdit.pt` is from before the
+fall, and the next sitting resumes from it; `mmdit-final.pt` is from after, to be exported. SIGTERM saves and ends.
 `--init FOLDER` begins with the weights and tokenizers of an exported demo model.
 """
 
@@ -24,7 +24,7 @@ from benchmarks.emoji.lean import lean_attention, lean_norms
 from benchmarks.emoji.networks import ENCODERS, Trained, begin_with, initialise
 from benchmarks.emoji.optimizer import Both
 from benchmarks.emoji.pool import Encoder, Pool, provide_tokenizers
-from benchmarks.emoji.run_state import Average, Clock, number_format, save
+from benchmarks.emoji.run_state import Average, Clock, save
 from benchmarks.emoji.team import Team
 
 DROP_CAPTION, DROP_T5, DROP_CLIP = 0.1, 0.15, 0.05  # CLIP-L and CLIP-G are dropped each on its own
@@ -100,9 +100,9 @@ class Run:
         torch.manual_seed(seed)
         self.encode = Encoder(args.work, device)
         # Every pool grows as it is renewed; the run begins as soon as there is something to learn.
-        self.pool = Pool(self.encode, SIZE, min(args.pool, 2048), args.pool, seed)
-        few = max(1, args.pool // 100)
-        self.others = [Pool(self.encode, size, few, 4 * few, seed + i) for i, size in enumerate(OTHERS, 1)]
+        self.pool = Pool(self.encode, SIZE, min(args.pool, 1536), args.pool, seed)
+        few = max(1, args.pool // 200)
+        self.others = [Pool(self.encode, size, few, 8 * few, seed + i) for i, size in enumerate(OTHERS, 1)]
         if not self.latent:
             both = team.same(torch.stack([self.pool.latents.float().mean(), self.pool.latents.float().std()]))
             self.latent = {"shift": float(both[0]), "scale": 1.0 / float(both[1])}

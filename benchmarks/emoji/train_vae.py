@@ -2,8 +2,8 @@
 
 L1 and squared error with a slight pull of the latents towards a unit Gaussian. Three steps of four see crops around an
 emoji, which is where there is something to learn, the fourth as many pixels in whole pictures. Resumes from its
-checkpoint; `--init FOLDER` begins with the autoencoder of an exported demo model. With `--decoder-only` the encoder, and
-so the latents that the transformer learns, stay as they are.
+checkpoint; `--init FOLDER` begins with the autoencoder of an exported demo model. With `--decoder-only` the encoder,
+and so the latents that the transformer learns, stay as they are.
 """
 
 import argparse
