@@ -92,7 +92,7 @@ def look(image: Tensor, ground: Tensor, index: int, subjects: int) -> Seen:
 
 
 def share(image: Tensor, ground: Tensor, index: int, subjects: int) -> tuple[Tensor, int]:
-    """What the picture has besides its ground in the part that belongs to a place, and how many numbers that part is."""
+    """What the picture has besides its ground in the part that belongs to a place, and how many numbers that is."""
     _, height, width = image.shape
     x, y = PLACES[subjects][index]
     rows, columns = half(height, y), half(width, x)
@@ -176,9 +176,9 @@ def failure(scene: Scene, verdict: Verdict, picture: np.ndarray) -> str | None:
     """What is wrong with the subjects of a picture, in a word; None if all stand in place in their colours.
 
     missing: an empty place. doubled: a noun more often than asked. swapped places: the right nouns, elsewhere.
-    other number: the picture is one of more or fewer subjects. another: a noun that was not asked for. mixed: two glyphs
-    in one. blurred: any other shape that is no glyph. swapped colours: the right nouns in each other's colours. wrong
-    colour: in any other.
+    other number: the picture is one of more or fewer subjects. another: a noun that was not asked for. mixed: two
+    glyphs in one. blurred: any other shape that is no glyph. swapped colours: the right nouns in each other's colours.
+    wrong colour: in any other.
     """
     if verdict.nouns == scene.nouns:
         if verdict.tints == scene.tints:
