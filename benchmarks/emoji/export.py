@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from benchmarks.emoji.train_mmdit import CLIP_G, CLIP_L
+from benchmarks.emoji.networks import CLIP_G, CLIP_L
+from benchmarks.emoji.tokenizers import T5_LENGTH
 from benchmarks.emoji.train_vae import CONFIG as VAE_CONFIG
 from weights import published
 from weights.keymap import TRANSFORMER, VAE, Table, revert, to_diffusers
@@ -17,10 +18,14 @@ State = dict[str, Tensor]
 
 
 def export(out: Path, work: Path, defaults: dict[str, float], shift: float) -> None:
-    """The averaged weights of the last checkpoints in bfloat16, with tokenizers and all configuration files."""
-    trained = torch.load(work / "mmdit.pt", weights_only=True)
+    """The averaged weights of the last checkpoints in bfloat16, with tokenizers and all configuration files.
+
+    Of the transformer, those at the end of the last sitting that came to its end.
+    """
+    final = work / "mmdit-final.pt"
+    trained = torch.load(final if final.exists() else work / "mmdit.pt", weights_only=True, map_location="cpu")
     refined = work / "decoder.pt"
-    vae = torch.load(refined if refined.exists() else work / "vae.pt", weights_only=True)["average"]
+    vae = torch.load(refined if refined.exists() else work / "vae.pt", weights_only=True, map_location="cpu")["average"]
     parts = {name: part(trained["average"], name) for name in ("clip_l", "clip_g", "t5", "transformer")}
     latent = trained["latent"]
     shapes = {name: {key: tuple(v.shape) for key, v in state.items()} for name, state in {**parts, "vae": vae}.items()}
@@ -58,9 +63,9 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--work", type=Path, default=Path("out/emoji"), help="folder of checkpoints")
     parser.add_argument("--cfg", type=float, default=3.0, help="the model's own guidance scale")
-    parser.add_argument("--shift", type=float, default=2.0, help="shift of its noise schedule")
+    parser.add_argument("--shift", type=float, default=3.0, help="shift of its noise schedule")
     args = parser.parse_args()
-    defaults = {"width": 64, "height": 64, "steps": 28, "cfg": args.cfg, "t5_length": 12}
+    defaults = {"width": 128, "height": 128, "steps": 28, "cfg": args.cfg, "t5_length": T5_LENGTH}
     export(args.out, args.work, defaults, args.shift)
     size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())
     print(f"{args.out}: {size / 1e6:.1f} MB")

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from weights.checkpoint import open_checkpoint
+
 
 class Clock:
     """Training time spent, over all sittings of one run, as a share of the time it is given.
@@ -57,3 +59,16 @@ def save(path: Path, state: dict) -> None:
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
     os.replace(partial, path)
+
+
+def exported(folder: Path, part: str) -> dict[str, Tensor]:
+    """One network's tensors of an exported demo model, under native names in float32, to train on from."""
+    component = open_checkpoint(folder).component(part)
+    return {name: component.read(name).float() for name in component.shapes}
+
+
+def number_format(device: torch.device) -> torch.dtype:
+    """What this machine multiplies fast: bfloat16 on a GPU and on CPUs with AMX or AVX-512 BF16, else float32."""
+    if device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported():
+        return torch.float32
+    return torch.bfloat16

@@ -16,8 +16,8 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from benchmarks.emoji.scenes import random_scene
 from text_encoders import T5Tokenizer
 
-CLIP_LENGTH = 12  # the longest caption has nine words, and the start and end tokens
-T5_LENGTH = 12
+CLIP_LENGTH = 22  # the longest caption has 17 words, three commas, and the start and end tokens
+T5_LENGTH = 22
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -39,8 +39,9 @@ def clip_vocabulary(texts: list[str]) -> tuple[list[str], list[str]]:
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\s+"), behavior="removed")
+    words = (text.replace(",", " ,") for text in texts)  # as CLIP's own pattern takes them apart
     tokenizer.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=4096, end_of_word_suffix="</w>", show_progress=False)
+        words, trainers.BpeTrainer(vocab_size=4096, end_of_word_suffix="</w>", show_progress=False)
     )
     pairs = json.loads(tokenizer.to_str())["model"]["merges"]
     alphabet = byte_alphabet()
@@ -82,7 +83,7 @@ def write_t5(folder: Path, texts: list[str]) -> None:
     model = io.BytesIO()
     with NamedTemporaryFile("w", suffix=".tsv", encoding="utf-8") as seeds:
         # Whole words to begin with: left to itself, the trainer takes the captions' few words apart.
-        words = Counter(word for text in texts for word in text.split())
+        words = Counter(word for text in texts for word in text.replace(",", "").split())
         seeds.writelines(f"▁{word}\t{count}\n" for word, count in words.most_common())
         seeds.flush()
         sentencepiece.SentencePieceTrainer.train(

@@ -1,171 +1,75 @@
-"""Train the demo model's transformer and text encoders together: `python -m benchmarks.emoji.train_mmdit --minutes 90`.
+"""Train the demo model's transformer and text encoders: `torchrun --nproc-per-node 2 -m benchmarks.emoji.train_mmdit`.
+
+One process for each core, or on a GPU one alone: `python -m benchmarks.emoji.train_mmdit --device cuda --batch 512`.
 
 Rectified flow (Esser et al. 2024, arXiv 2403.03206): x = (1 - sigma) latent + sigma noise, the target is
-noise - latent, sigma is drawn logit-normally. Needs the autoencoder of `train_vae`; resumes from its checkpoint.
-Whole captions and single encoders are dropped at random, so that guidance and running without T5 work.
+noise - latent, sigma is drawn logit-normally. Whole captions and single encoders are dropped at random, so that
+guidance and running without T5 work. Needs the autoencoder of `train_vae`.
+
+The learning rate is constant, and falls to nothing in the last minutes of a sitting. `mmdit.pt` is from before the
+fall, and the next sitting resumes from it; `mmdit-final.pt` is from after, to be exported. SIGTERM saves and ends.
+`--init FOLDER` begins with the weights and tokenizers of an exported demo model.
 """
 
 import argparse
 import time
-from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
-from random import Random
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.emoji.lean import lean_attention, lean_norms
+from benchmarks.emoji.networks import ENCODERS, Trained, begin_with, initialise
 from benchmarks.emoji.optimizer import Both
-from benchmarks.emoji.run_state import Average, Clock, learning_rate, save
-from benchmarks.emoji.scenes import random_scene, render
-from benchmarks.emoji.tokenizers import CLIP_LENGTH, T5_LENGTH, write_tokenizers
-from benchmarks.emoji.train_vae import CONFIG as VAE_CONFIG
-from mmdit.config import MMDiTConfig
-from mmdit.model import MMDiT
-from text_encoders.clip import CLIPConfig, CLIPTextEncoder
-from text_encoders.t5 import T5Config, T5Encoder
-from text_encoders.tokenizers import CLIPTokenizer, T5Tokenizer
-from vae.autoencoder import Autoencoder
+from benchmarks.emoji.pool import Encoder, Pool, provide_tokenizers
+from benchmarks.emoji.run_state import Average, Clock, save
+from benchmarks.emoji.team import Team
 
-MMDIT = MMDiTConfig(
-    hidden_size=256,
-    depth=5,
-    num_heads=4,
-    pos_embed_max_size=8,
-    pooled_size=192,
-    context_size=192,
-    dual_attention_blocks=(0, 1, 2),
-)
-T5 = T5Config(vocab_size=256, d_model=192, d_kv=32, d_ff=384, num_layers=2, num_heads=4)
-VOCABULARY = 768  # rows of both CLIPs' token embeddings; their tokenizers use 765
-
-
-def clip_config(width: int, activation: str) -> CLIPConfig:
-    return CLIPConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_layers=2,
-        num_heads=width // 32,
-        max_length=CLIP_LENGTH,
-        projection_dim=width,
-        activation=activation,
-    )
-
-
-CLIP_L, CLIP_G = clip_config(64, "quick_gelu"), clip_config(128, "gelu")
 DROP_CAPTION, DROP_T5, DROP_CLIP = 0.1, 0.15, 0.05  # CLIP-L and CLIP-G are dropped each on its own
+SIZE = (128, 128)
+OTHERS = ((64, 64), (192, 192), (128, 192), (192, 128))  # now and then, so that the model can draw these too
+SELDOM = 24  # one step of so many is of another size
+RENEWED = 1 / 8  # new scenes per scene trained on
+NOISE_MEAN, NOISE_SPREAD = 0.6, 1.0  # of the logit of sigma
+HORIZON = 150  # steps averaged over
 
 
-class Trained(nn.Module):
-    """All that is trained here, so that averaging and checkpoints see one module."""
+class Flow:
+    """The loss, computed by a copy of the model in the machine's own number format."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.clip_l = CLIPTextEncoder(CLIP_L)
-        self.clip_g = CLIPTextEncoder(CLIP_G)
-        self.t5 = T5Encoder(T5)
-        self.transformer = MMDiT(MMDIT)
+    def __init__(self, model: Trained, encode: Encoder, latent: dict[str, float]) -> None:
+        self.dtype, self.device, self.latent = encode.dtype, encode.device, latent
+        self.empty = encode.empty()
+        self.model = deepcopy(model).to(self.dtype)
+        self.lean = self.device.type == "cpu"
+        if self.lean:
+            lean_norms(self.model)
+            lean_attention(self.model)
+        self.pairs = list(zip(self.model.parameters(), model.parameters()))
 
-    def forward(self, x: Tensor, sigma: Tensor, tokens: dict[str, Tensor], keep: dict[str, Tensor]) -> Tensor:
-        """Velocity for noisy latents x `(B, C, h, w)`; `keep[encoder]` `(B,)` is 0 where an encoder is dropped."""
-        l_hidden, l_pooled = self.clip_l(tokens["clip_l"])
-        g_hidden, g_pooled = self.clip_g(tokens["clip_g"])
-        keep_l, keep_g, keep_t5 = (keep[name][:, None] for name in ("clip_l", "clip_g", "t5"))
-        pooled = torch.cat([l_pooled * keep_l, g_pooled * keep_g], dim=-1)
-        clip = torch.cat([l_hidden * keep_l[..., None], g_hidden * keep_g[..., None]], dim=-1)
-        t5 = self.t5(tokens["t5"]) * keep_t5[..., None]
-        context = torch.cat([nn.functional.pad(clip, (0, t5.shape[-1] - clip.shape[-1])), t5], dim=1)
-        return self.transformer(x, sigma, context, pooled)
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take over the weights that the optimizer changed."""
+        for copy, original in self.pairs:
+            copy.copy_(original)
 
-
-@torch.no_grad()
-def initialise(model: Trained) -> None:
-    """Xavier weights, zero biases, zero gates (adaLN-Zero), embeddings of a unit's size, sines for positions."""
-    for name, p in model.named_parameters():
-        if "embedding" in name or "relative_attention_bias" in name or name.endswith("shared.weight"):
-            nn.init.normal_(p, std=0.02 if "position" in name or "bias" in name else 0.5)
-        elif p.ndim > 1 and "adaLN" not in name and "final_layer" not in name:
-            nn.init.xavier_uniform_(p.flatten(1))
-        elif p.ndim > 1 or name.endswith("bias"):
-            nn.init.zeros_(p)
-    model.transformer.pos_embed.copy_(position_table(MMDIT.pos_embed_max_size, MMDIT.hidden_size))
-
-
-def position_table(side: int, width: int) -> Tensor:
-    """Sines and cosines of column, then row, `(1, side², width)`; each half is [sin | cos] over width / 4 waves."""
-    waves = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    angles = (torch.arange(side, dtype=torch.float64) - side / 2)[:, None] * waves  # (side, width / 4)
-    line = torch.cat([angles.sin(), angles.cos()], dim=-1)  # (side, width / 2)
-    columns, rows = line[None].expand(side, -1, -1), line[:, None].expand(-1, side, -1)
-    return torch.cat([columns, rows], dim=-1).reshape(1, side * side, width).float()
+    def loss(self, raw: Tensor, tokens: dict[str, Tensor]) -> Tensor:
+        """Of raw latents `(B, C, h, w)` and their captions."""
+        count = len(raw)
+        latent = (raw.float() - self.latent["shift"]) * self.latent["scale"]
+        drop = torch.rand(count, 1, device=self.device) < DROP_CAPTION
+        tokens = {name: torch.where(drop, self.empty[name], ids) for name, ids in tokens.items()}
+        chances = {"clip_l": DROP_CLIP, "clip_g": DROP_CLIP, "t5": DROP_T5}
+        keep = {name: (torch.rand(count, device=self.device) >= chances[name]).to(self.dtype) for name in ENCODERS}
+        noise = torch.randn_like(latent)
+        sigma = torch.sigmoid(NOISE_MEAN + NOISE_SPREAD * torch.randn(count, device=self.device))
+        x = torch.lerp(latent, noise, sigma[:, None, None, None]).to(self.dtype)
+        velocity = self.model(x, sigma, tokens, keep)
+        return (velocity.float() - (noise - latent)).square().mean()
 
 
-class Pool:
-    """Encoded scenes with their captions' tokens, renewed a little at a time."""
-
-    def __init__(self, work: Path, count: int, size: int, seed: int) -> None:
-        folder = work / "tokenizers"
-        if not folder.exists():  # a resumed run keeps the ids that its embeddings were trained with
-            write_tokenizers(folder)
-        clip_l, clip_g = (CLIPTokenizer.load(folder / name) for name in ("tokenizer", "tokenizer_2"))
-        t5 = T5Tokenizer.load(folder / "tokenizer_3")
-        self.tokenize = {
-            "clip_l": lambda texts: clip_l(texts).ids,
-            "clip_g": lambda texts: clip_g(texts).ids,
-            "t5": lambda texts: t5(texts, T5_LENGTH).ids,
-        }
-        self.empty = {name: tokenize([""]) for name, tokenize in self.tokenize.items()}
-        state = torch.load(work / "vae.pt", weights_only=True)["average"]
-        self.vae = Autoencoder(VAE_CONFIG)
-        self.vae.load_state_dict(state)
-        self.vae.requires_grad_(False)
-        self.rng, self.size = Random(seed), size
-        self.latents, self.tokens = self.make(count)
-        self.shift, self.scale = float(self.latents.mean()), 1.0 / float(self.latents.std())
-
-    def make(self, count: int) -> tuple[Tensor, dict[str, Tensor]]:
-        scenes = [random_scene(self.rng) for _ in range(count)]
-        latents = []
-        for i in range(0, count, 64):
-            pixels = np.stack([render(scene, self.size) for scene in scenes[i : i + 64]])
-            image = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1.0
-            with torch.autocast("cpu", torch.bfloat16):
-                latents.append(self.vae.encode(image.contiguous(memory_format=torch.channels_last))[0].float())
-        captions = [scene.caption for scene in scenes]
-        return torch.cat(latents), {name: tokenize(captions) for name, tokenize in self.tokenize.items()}
-
-    def renew(self, count: int) -> None:
-        """Replace `count` entries by new scenes."""
-        rows = torch.randperm(len(self.latents))[:count]
-        latents, tokens = self.make(count)
-        self.latents[rows] = latents
-        for name, ids in tokens.items():
-            self.tokens[name][rows] = ids
-
-    def sample(self, count: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Normalised latents `(count, C, h, w)` and tokens, some captions dropped whole."""
-        rows = torch.randint(len(self.latents), (count,))
-        drop = torch.rand(count, 1) < DROP_CAPTION
-        tokens = {name: torch.where(drop, self.empty[name], ids[rows]) for name, ids in self.tokens.items()}
-        return (self.latents[rows] - self.shift) * self.scale, tokens
-
-
-def loss_of(model: Callable[..., Tensor], latent: Tensor, tokens: dict[str, Tensor]) -> Tensor:
-    count = len(latent)
-    noise = torch.randn_like(latent)
-    sigma = torch.sigmoid(torch.randn(count) + 0.3)
-    x = torch.lerp(latent, noise, sigma[:, None, None, None])
-    chances = {"clip_l": DROP_CLIP, "clip_g": DROP_CLIP, "t5": DROP_T5}
-    keep = {name: (torch.rand(count) >= chance).float() for name, chance in chances.items()}
-    # Plain matrix products are faster than flash attention for these few tokens, backwards above all.
-    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-        velocity = model(x, sigma, tokens, keep)
-    return (velocity.float() - (noise - latent)).square().mean()
-
-
-def optimizer_of(model: Trained) -> Both:
+def optimizer_of(model: nn.Module) -> Both:
     """Muon for the matrices inside blocks, AdamW for embeddings, norms, modulation and the layers at both ends."""
     matrices, others = [], []
     for name, p in model.named_parameters():
@@ -175,59 +79,118 @@ def optimizer_of(model: Trained) -> Both:
     return Both(matrices, others, decay=0.01)
 
 
+class Run:
+    """A model in training with all that its checkpoint holds."""
+
+    def __init__(self, args: argparse.Namespace, team: Team) -> None:
+        self.args, self.team, self.path = args, team, args.work / "mmdit.pt"
+        device = torch.device(args.device)
+        torch.manual_seed(args.seed)
+        self.model = Trained()
+        initialise(self.model)
+        if args.init and not self.path.exists():
+            begin_with(self.model, args.init)
+        self.model.to(device)
+        self.optimizer, self.average = optimizer_of(self.model), Average(self.model, HORIZON)
+        self.step, self.samples, self.spent, self.latent = 0, 0, 0.0, {}
+        if self.path.exists():
+            self.load(torch.load(self.path, weights_only=True, map_location=device))
+        seed = args.seed + 1_000_003 * (1 + self.step) + 7919 * team.rank
+        torch.manual_seed(seed)
+        self.encode = Encoder(args.work, device)
+        # Every pool grows as it is renewed; the run begins as soon as there is something to learn.
+        self.pool = Pool(self.encode, SIZE, min(args.pool, 1536), args.pool, seed)
+        few = max(1, args.pool // 200)
+        self.others = [Pool(self.encode, size, few, 8 * few, seed + i) for i, size in enumerate(OTHERS, 1)]
+        if not self.latent:
+            both = team.same(torch.stack([self.pool.latents.float().mean(), self.pool.latents.float().std()]))
+            self.latent = {"shift": float(both[0]), "scale": 1.0 / float(both[1])}
+        self.flow = Flow(self.model, self.encode, self.latent)
+
+    def load(self, state: dict) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.average.values = {name: state["average"][name] for name in self.average.values}
+        self.average.steps = self.step = state["step"]
+        self.samples, self.spent, self.latent = state["samples"], state["spent"], state["latent"]
+
+    def save(self, path: Path, spent: float) -> None:
+        if self.team.rank == 0:
+            state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+            counts = {"step": self.step, "samples": self.samples, "spent": self.spent + spent}
+            save(path, {**state, "average": self.average.state(), "latent": self.latent, **counts})
+
+    def batch(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """As many image tokens in every size."""
+        pool = self.pool
+        if self.step % SELDOM == SELDOM - 1:
+            pool = self.others[self.step // SELDOM % len(self.others)]
+        count = self.args.batch // self.team.size
+        fewer = count * SIZE[0] * SIZE[1] // (pool.size[0] * pool.size[1])
+        pool.renew(max(1, round(RENEWED * min(count, fewer))))
+        return pool.sample(max(1, fewer))
+
+    def update(self, share: float, rate: float) -> tuple[float, float, bool]:
+        """One step; what `Team.average` returns."""
+        raw, tokens = self.batch()
+        loss = self.flow.loss(raw, tokens)
+        loss.backward()
+        notes = self.team.average(self.flow.model, self.model, share, loss.item())
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step(rate)
+        self.average.update()
+        self.flow.refresh()
+        self.step, self.samples = self.step + 1, self.samples + len(raw) * self.team.size
+        return notes
+
+
+def train(run: Run, minutes: float, fall: float) -> None:
+    """One sitting of so many minutes, in the last `fall` of which the learning rate falls."""
+    clock, share, running, falling = Clock(minutes), 0.0, 0.0, False
+    constant, saved = 1.0 - fall / minutes, time.monotonic()
+    while share < 1.0:
+        if share >= constant and not falling:
+            run.save(run.path, clock.spent)
+            falling = True
+        down = min(1.0, (1.0 - share) / (1.0 - constant)) if falling else 1.0
+        up = min(1.0, (run.step + 1) / run.args.warmup)
+        share, loss, stop = run.update(clock.tick(), run.args.rate * up * max(down, 0.01))
+        running = 0.98 * running + 0.02 * loss if running else loss
+        if run.team.rank == 0 and run.step % 20 == 0:
+            spent = (run.spent + clock.spent) / 60
+            print(f"{spent:6.1f} min  step {run.step}  samples {run.samples}  loss {running:.4f}", flush=True)
+        if stop or (not falling and time.monotonic() - saved > 300):
+            run.save(run.path.with_name("mmdit-final.pt") if falling else run.path, clock.spent)
+            saved = time.monotonic()
+        if stop:
+            return
+    run.save(run.path.with_name("mmdit-final.pt"), clock.spent)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("out/emoji"), help="folder of checkpoints")
-    parser.add_argument("--minutes", type=float, default=90, help="training time over all sittings")
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels")
-    parser.add_argument("--pool", type=int, default=30_000, help="encoded scenes held in memory")
-    parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--init", type=Path, default=None, help="folder of an exported demo model to begin with")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--minutes", type=float, default=120, help="training time of this sitting")
+    parser.add_argument("--fall", type=float, default=15, help="minutes of it in which the learning rate falls")
+    parser.add_argument("--batch", type=int, default=128, help="scenes per step, over all processes")
+    parser.add_argument("--pool", type=int, default=40_000, help="encoded scenes held by each process")
+    parser.add_argument("--rate", type=float, default=2e-3, help="learning rate")
+    parser.add_argument("--warmup", type=int, default=50, help="steps in which the learning rate rises")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument(
-        "--compile", action="store_true", help="a quarter faster after two minutes; needs a C++ compiler"
-    )
     args = parser.parse_args()
 
-    torch.manual_seed(args.seed)
-    model = Trained()
-    initialise(model)
-    optimizer, average = optimizer_of(model), Average(model, horizon=300)
-    clock, step, path = Clock(args.minutes), 0, args.work / "mmdit.pt"
-    if path.exists():
-        state = torch.load(path, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        average.values = {name: state["average"][name] for name in average.values}
-        average.steps = step = state["step"]
-        torch.manual_seed(args.seed + step)
-        clock = Clock(args.minutes, state["spent"])
-    pool = Pool(args.work, args.pool, args.size, seed=args.seed * 1_000_003 + step)
-    print(f"{args.pool} scenes encoded; latent shift {pool.shift:.4f}, scale {pool.scale:.4f}", flush=True)
-    clock.last = time.monotonic()  # encoding is not training time
-
-    def checkpoint() -> None:
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average.state()}
-        latent = {"shift": pool.shift, "scale": pool.scale}
-        save(path, {**state, "step": step, "spent": clock.spent, "latent": latent})
-
-    compiled = torch.compile(model) if args.compile else model
-    running = 0.0
-    while (share := clock.tick()) < 1.0:
-        loss = loss_of(compiled, *pool.sample(args.batch))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step(args.rate * learning_rate(share))
-        average.update()
-        step += 1
-        running = loss.item() if step == 1 or not running else 0.98 * running + 0.02 * loss.item()
-        if step % 100 == 0:
-            pool.renew(args.pool // 30)
-            pace = step * args.batch / clock.spent
-            print(f"{clock.spent / 60:6.1f} min  step {step}  loss {running:.4f}  {pace:.0f}/s", flush=True)
-        if step % 300 == 0:
-            checkpoint()
-    checkpoint()
+    team = Team()
+    if team.size > 1:
+        torch.set_num_threads(1)
+    if team.rank == 0:
+        provide_tokenizers(args.work, args.init)
+    team.same(torch.zeros(1))  # waits for the tokenizers
+    run = Run(args, team)
+    if team.rank == 0:
+        print(f"latent shift {run.latent['shift']:.4f}, scale {run.latent['scale']:.4f}", flush=True)
+    train(run, args.minutes, args.fall)
 
 
 if __name__ == "__main__":
