@@ -14,6 +14,7 @@ from test_samplers import midpoint
 from toys import toy_folder
 
 from mmdit.driver import loop
+from mmdit.driver import texts as encoding
 from mmdit.driver.loop import OWN, Canvas, Drawing, Picture, kind
 from mmdit.driver.pipeline import Pipeline
 from mmdit.driver.settings import Settings, alone
@@ -121,6 +122,17 @@ def test_all_are_stopped(pipeline: Pipeline, when: str, given: list[int]) -> Non
     after = diary.lines[diary.lines.index(when) + 1 :]
     assert not any(line.startswith("picture") or "step 2" in line for line in after)
     assert len(pipeline("a horse")) == 1
+
+
+def test_after_the_end_nothing_is_encoded(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a list in parts, whose texts are too many to keep."""
+    monkeypatch.setattr(encoding, "_KEPT_AT_MOST", 1)
+    asked: list[list[str]] = []
+    real = pipeline.encode
+    monkeypatch.setattr(pipeline, "encode", lambda texts, n: asked.append(texts) or real(texts, n))
+    pictures = [pipeline.check(replace(pipeline.settings, prompt=text, cfg=1)) for text in ("a horse", "a bear")]
+    assert list(Drawing(pipeline, pictures, [Diary({"step 0 of 0": lambda event: event.stop_all()})])) == []
+    assert asked == [["a horse"]]
 
 
 def test_what_a_watcher_raises_ends_it(pipeline: Pipeline) -> None:

@@ -17,6 +17,7 @@ from mmdit.driver.defaults import default_settings
 from mmdit.driver.settings import Settings, check_defaults, check_size, split_lora, user_path
 from mmdit.kernels.compiled import lacking
 from mmdit.kernels.quantise import QuantisedSource, quantised
+from mmdit.memory.devices import indexed
 from mmdit.memory.empty import on_meta
 from mmdit.memory.residency import Network
 from mmdit.model import MMDiT
@@ -249,10 +250,7 @@ def device_of(settings: Settings) -> torch.device:
     if not available[name]:
         there = ", ".join(name for name, there in available.items() if there)
         raise SettingsError(f"device {name} is not available here: there is {there}")
-    if name == "cpu":
-        return torch.device(name)
-    # With its number, as tensors there have it: "cuda" is not equal to "cuda:0".
-    return torch.device(name, torch.cuda.current_device() if name == "cuda" else 0)
+    return indexed(torch.device(name))
 
 
 def check_there(settings: Settings, device: torch.device, dtype: torch.dtype) -> None:

@@ -159,6 +159,8 @@ class Drawing:
             self._watchers.append(bar)
             try:
                 for part, waiting in parts(stages, self.pictures):
+                    if self._ended:
+                        return
                     with stages.turn:
                         texts = encode(stages, [self.pictures[i] for i in part], waiting, self._seconds)
                     kinds: dict[Settings, list[int]] = {}

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Container, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Self
@@ -24,8 +24,8 @@ from safetensors import SafetensorError
 from mmdit.common.errors import SettingsError
 from mmdit.common.files import beside, put, put_new
 from mmdit.common.jsons import parse_json
-from mmdit.common.options import Mark, marked
 from mmdit.common.paths import user_path
+from mmdit.driver.options import OutputOptions
 from mmdit.driver.settings import Settings
 
 _END = b"\0\0\0\0IEND\xaeB`\x82"  # of every PNG file
@@ -164,8 +164,8 @@ def parameters(settings: Settings) -> str:
         "Size": f"{settings.width}x{settings.height}",
         "Model": Path(settings.model).name if settings.model else "demo",
     }
-    told = {"prompt", "negative", "steps", "cfg", "seed", "width", "height", "model", "out", "count"}
-    told |= {*marked(settings, Mark.OF_THE_RUN)} - {"memory"}
+    told = {"prompt", "negative", "steps", "cfg", "seed", "width", "height", "model", "count"}
+    told |= {f.name for f in fields(OutputOptions)}
     own = {name: value for name, value in asdict(settings).items() if name not in told and value not in (None, ())}
     pairs = ", ".join(f"{name}: {quoted(value)}" for name, value in {**known, **own, "Version": engine()}.items())
     negative = f"\nNegative prompt: {settings.negative}" if settings.negative else ""

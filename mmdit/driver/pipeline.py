@@ -7,7 +7,7 @@ Its stages can be called one by one as well (`mmdit.driver.stages`).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from mmdit.common.errors import SettingsError
 from mmdit.driver.loading import Parts, load_parts
 from mmdit.driver.loop import Drawing
+from mmdit.driver.options import OutputOptions
 from mmdit.driver.settings import Settings, alone, settings_from, split_lora
 from mmdit.driver.stages import NotFiniteError, Stages
 from mmdit.driver.watch import OnStep, Stepped, Trace, Watcher
@@ -119,7 +120,7 @@ class Pipeline(Stages):
 
     def asked(self, keywords: dict[str, Any]) -> Settings:
         """What the keywords of a call ask for; SettingsError for an unknown one."""
-        for name in {"out", "prompts", "dump"} & keywords.keys():
+        for name in {f.name for f in fields(OutputOptions)} & keywords.keys():
             raise SettingsError(f"{name} belongs to the command line: save the pictures that this returns")
         if "prompt" not in keywords:
             raise SettingsError(f"a picture without a prompt: {keywords}")

@@ -11,10 +11,13 @@ from mmdit.memory.host import available_bytes, own_bytes
 
 
 def indexed(device: torch.device) -> torch.device:
-    """The device by its number: "cuda" alone means another one as soon as a thread has another current device."""
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
+    """The device by its number, as tensors there have it.
+
+    "cuda" is not equal to "cuda:0", and means another one as soon as a thread has another current device.
+    """
+    if device.type == "cpu" or device.index is not None:
+        return device
+    return torch.device(device.type, torch.cuda.current_device() if device.type == "cuda" else 0)
 
 
 def taken_bytes(device: torch.device) -> int:
