@@ -197,4 +197,4 @@ def test_a_gpu_has_a_number_from_the_start(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "current_device", lambda: now)
     assert indexed(torch.device("cuda")) == torch.device("cuda", 3)
     assert indexed(torch.device("cuda", 1)) == torch.device("cuda", 1)
-    assert (indexed(CPU), indexed(METAL)) == (CPU, METAL)
+    assert (indexed(CPU), indexed(torch.device("mps"))) == (CPU, torch.device("mps", 0))
