@@ -9,7 +9,10 @@ names of the parameters, which are those of the published checkpoint: a key in a
 - The first blocks of SD3.5-Medium have a second attention among the image tokens alone (the X of MMDiT-X).
 - The last block reads the text once more but writes none: its `context_block` ends at the projection to q, k, v.
 
-Memory plans, compilation, adapters and quantisation are functions applied to a built model, in files of their own.
+`forward` is made of five methods: `grid`, `positions`, `embed_text`, `modulations`, `flow`. A sampler calls `forward` as
+a training does, and only remembers what these return (`mmdit.prepared`): what is changed in one is changed for both.
+Every module is called as a module, so that hooks see it. Memory plans, compilation, adapters and quantisation are
+functions applied to a built model, in files of their own.
 
 Shapes: B batch, C latent channels, h w rows and columns of the latent, N image tokens (h / patch * w / patch),
 M context tokens, D hidden size, H heads.
@@ -17,23 +20,38 @@ M context tokens, D hidden size, H heads.
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from mmdit.attention import attention
+from mmdit.attention import Backend, attention
+from mmdit.common.layout import Layout
 from mmdit.config import MMDiTConfig
 
 Modulation = tuple[Tensor, ...]  # shifts, scales and gates of one stream in one block, each (B, 1, D)
 Modulations = tuple[Modulation, ...]  # of the streams of a block
 
 
+class Tokens(NamedTuple):
+    """How the tokens of an attention lie: first those of the text, then the image's, row by row."""
+
+    text: int
+    rows: int
+    columns: int
+
+
 class MMDiT(nn.Module):
     """Predicts the velocity of the flow, d latent / d sigma, from a noisy latent and its text."""
 
+    layout = Layout(
+        tables=("pos_embed",),
+        before=r"joint_blocks\.\d+\.\w+\.adaLN_modulation",
+        blocks="joint_blocks",
+        loop=True,
+    )
     pos_embed: Tensor
 
     def __init__(self, config: MMDiTConfig) -> None:
@@ -61,17 +79,25 @@ class MMDiT(nn.Module):
         sigma: `(B,)`, the share of noise, 1 to 0. context: `(B, M, context_size)`. pooled: `(B, pooled_size)`.
         Returns `(B, C, h, w)`.
 
-        All that `flow` is given here but the latent is known before the first step of a sampler is taken.
+        All that `flow` is given but the latent is known before the first step of a sampler is taken.
         """
-        positions = crop_positions(self.pos_embed, *self.tokens(latent))
-        return self.flow(latent, positions, self.context_embedder(context), self.modulations(sigma, pooled))
+        positions = self.positions(*self.grid(latent))
+        return self.flow(latent, positions, self.embed_text(context), self.modulations(sigma, pooled))
 
-    def tokens(self, latent: Tensor) -> tuple[int, int]:
+    def grid(self, latent: Tensor) -> tuple[int, int]:
         """Rows and columns of image tokens that a latent `(B, C, h, w)` becomes."""
         patch = self.config.patch_size
         rows, columns = latent.shape[2] // patch, latent.shape[3] // patch
         assert latent.shape[2:] == (rows * patch, columns * patch), f"{latent.shape} is not made of whole patches"
         return rows, columns
+
+    def positions(self, rows: int, columns: int) -> Tensor:
+        """Where each image token is, `(1, N, D)`."""
+        return crop_positions(self.pos_embed, rows, columns)
+
+    def embed_text(self, context: Tensor) -> Tensor:
+        """Text `(B, M, context_size)`, as the encoders give it, to tokens `(B, M, D)`."""
+        return self.context_embedder(context)
 
     def modulations(self, sigma: Tensor, pooled: Tensor) -> list[Modulations]:
         """What every block is told: when (the timestep) and, in a word, what (the pooled text).
@@ -89,14 +115,16 @@ class MMDiT(nn.Module):
 
         positions: `(1, N, D)`, of its tokens. context: `(B, M, D)`, embedded. modulations: as `modulations` gives them.
         """
+        rows, columns = self.grid(latent)
+        tokens = Tokens(context.shape[1], rows, columns)
         x = self.x_embedder(latent)  # (B, N, D)
         x = x + positions.to(x)
 
         for block, modulation in zip(self.joint_blocks, modulations):
-            x, context = block(x, context, *modulation)
+            x, context = block(x, context, tokens, *modulation)
 
         x = self.final_layer(x, *modulations[-1])  # (B, N, patch² C)
-        (rows, columns), patch = self.tokens(latent), self.config.patch_size
+        patch = self.config.patch_size
         return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, w=columns, p=patch, q=patch)
 
 
@@ -113,27 +141,28 @@ class JointBlock(nn.Module):
         return self.x_block.modulation(c), self.context_block.modulation(c)
 
     def forward(
-        self, x: Tensor, context: Tensor, x_modulation: Modulation, context_modulation: Modulation
+        self, x: Tensor, context: Tensor, tokens: Tokens, x_modulation: Modulation, context_modulation: Modulation
     ) -> tuple[Tensor, Tensor]:
-        context_attended, x_attended = self.attend(x, context, x_modulation, context_modulation)
-        context = self.context_block.finish(context, context_attended, context_modulation)
-        x = self.x_block.finish(x, x_attended, x_modulation)
+        """The image tokens `(B, N, D)` and text tokens `(B, M, D)` after this block; the last leaves the text alone."""
+        context_gathered, x_gathered = self.gather(x, context, tokens, x_modulation, context_modulation)
+        context = self.context_block(context, context_gathered, tokens, context_modulation)
+        x = self.x_block(x, x_gathered, tokens, x_modulation)
         return x, context
 
-    def attend(
-        self, x: Tensor, context: Tensor, x_modulation: Modulation, context_modulation: Modulation
+    def gather(
+        self, x: Tensor, context: Tensor, tokens: Tokens, x_modulation: Modulation, context_modulation: Modulation
     ) -> tuple[Tensor, Tensor]:
-        """What the tokens of `context` `(B, M, D)` and of `x` `(B, N, D)` gather from all of both."""
+        """What text and image tokens gather from all of both; queries, keys and values are forgotten with it."""
         x_qkv = self.x_block.to_qkv(x, x_modulation)  # 3 x (B, N, H, D / H)
         context_qkv = self.context_block.to_qkv(context, context_modulation)  # 3 x (B, M, H, D / H)
         q, k, v = (torch.cat(pair, dim=1) for pair in zip(context_qkv, x_qkv))
-        attended = self.x_block.attn.attend(q, k, v)  # (B, M + N, D); the last block's context asks nothing: (B, N, D)
-        context_attended, x_attended = attended.split([q.shape[1] - x.shape[1], x.shape[1]], dim=1)
-        return context_attended, x_attended
+        gathered = self.x_block.attn.attend(q, k, v, tokens)  # (B, M + N, D); the last text asks nothing: (B, N, D)
+        context_gathered, x_gathered = gathered.split([q.shape[1] - x.shape[1], x.shape[1]], dim=1)
+        return context_gathered, x_gathered
 
 
 class Block(nn.Module):
-    """One stream's half of a joint block: before the attention `to_qkv`, after it `finish`."""
+    """One stream's half of a joint block: before the attention `to_qkv`, after it the rest."""
 
     chunks = 6  # shift, scale and gate for the attention, the same for the MLP
 
@@ -154,9 +183,10 @@ class Block(nn.Module):
         shift, scale, *_ = modulation
         return self.attn.to_qkv(self.norm1(x, shift, scale))
 
-    def finish(self, x: Tensor, attended: Tensor, modulation: Modulation) -> Tensor:
+    def forward(self, x: Tensor, gathered: Tensor, tokens: Tokens, modulation: Modulation) -> Tensor:  # noqa: ARG002
+        """This stream's tokens `(B, N, D)` after the block. gathered: what they did in the attention, `(B, N, D)`."""
         _, _, gate, shift_mlp, scale_mlp, gate_mlp = modulation
-        x = torch.addcmul(x, gate, self.attn.proj(attended))
+        x = torch.addcmul(x, gate, self.attn(gathered))
         return torch.addcmul(x, gate_mlp, self.mlp(self.norm2(x, shift_mlp, scale_mlp)))
 
 
@@ -169,10 +199,10 @@ class DualBlock(Block):
         super().__init__(config)
         self.attn2 = SelfAttention(config)
 
-    def finish(self, x: Tensor, attended: Tensor, modulation: Modulation) -> Tensor:
+    def forward(self, x: Tensor, gathered: Tensor, tokens: Tokens, modulation: Modulation) -> Tensor:
         _, _, gate, shift_mlp, scale_mlp, gate_mlp, shift2, scale2, gate2 = modulation
-        attended2 = self.attn2.attend(*self.attn2.to_qkv(self.norm1(x, shift2, scale2)))
-        x = torch.addcmul(torch.addcmul(x, gate, self.attn.proj(attended)), gate2, self.attn2.proj(attended2))
+        gathered2 = self.attn2.attend(*self.attn2.to_qkv(self.norm1(x, shift2, scale2)), tokens._replace(text=0))
+        x = torch.addcmul(torch.addcmul(x, gate, self.attn(gathered)), gate2, self.attn2(gathered2))
         return torch.addcmul(x, gate_mlp, self.mlp(self.norm2(x, shift_mlp, scale_mlp)))
 
 
@@ -195,14 +225,17 @@ class LastContextBlock(nn.Module):
         q, k, v = self.attn.to_qkv(self.norm1(x, shift, scale))
         return q[:, :0], k, v
 
-    def finish(self, x: Tensor, attended: Tensor, modulation: Modulation) -> Tensor:  # noqa: ARG002
+    def forward(self, x: Tensor, gathered: Tensor, tokens: Tokens, modulation: Modulation) -> Tensor:  # noqa: ARG002
         return x
 
 
 class SelfAttention(nn.Module):
-    """Projections into and out of the attention; the attention itself is `mmdit.attention`."""
+    """Into the attention `to_qkv`, through it `attend`, and out of it the module itself, called with what was gathered.
 
-    backend = "auto"  # who computes it; `mmdit.attention.attention_by` sets it for a whole model
+    In the joint attention each stream goes in and out by its own, and both through the image's.
+    """
+
+    backend: Backend = "auto"  # who computes the attention; `mmdit.attention.attention_by` sets it for a whole model
 
     def __init__(self, config: MMDiTConfig, output: bool = True) -> None:
         super().__init__()
@@ -219,9 +252,15 @@ class SelfAttention(nn.Module):
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b n h d", three=3, d=self.head_size)
         return self.ln_q(q), self.ln_k(k), v
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """What tokens that ask `(B, N, H, D / H)` gather from those that answer `(B, M, H, D / H)`: `(B, N, D)`."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> Tensor:  # noqa: ARG002
+        """What tokens that ask `(B, N, H, D / H)` gather from those that answer `(B, M, H, D / H)`: `(B, N, D)`.
+
+        tokens: how those that answer lie; of those that ask, the text is left out in the last block.
+        """
         return attention(q, k, v, self.backend)
+
+    def forward(self, gathered: Tensor) -> Tensor:
+        return self.proj(gathered)
 
 
 class MLP(nn.Module):

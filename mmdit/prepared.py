@@ -3,16 +3,20 @@
 A third of the transformer's weights, the adaLN layers, see only the timestep and the pooled text. Given the noise
 levels of a run they are applied before the loop to all at once, in one pass over these weights, which the loop then
 does without; likewise the projection of the text and the positions.
+
+The model itself is called as in training. While it is, three of its methods, given just what was prepared, answer from
+memory; a model whose forward gives them anything else, or does without them, computes it as it is written.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mmdit.model import MMDiT, Modulation, Modulations, crop_positions
+from mmdit.model import MMDiT, Modulation, Modulations
 
 
 class Row(NamedTuple):
@@ -23,6 +27,16 @@ class Row(NamedTuple):
     text: int  # of those that were prepared
 
 
+class Known(NamedTuple):
+    """What a model is called with for some rows beside their latents, and what its methods make of it."""
+
+    sigma: Tensor  # (R,), float32
+    context: Tensor  # (R, M, context_size)
+    pooled: Tensor  # (R, pooled_size)
+    text: Tensor  # (R, M, D), of context
+    modulations: list[Modulations]  # of sigma and pooled, each shift, scale and gate (R, 1, D)
+
+
 class Prepared:
     """Texts, ready for any latents at the noise levels given."""
 
@@ -31,11 +45,11 @@ class Prepared:
 
         sigmas: the noise levels to expect; any other is computed when it comes.
         """
-        self.model, self.pooled = model, pooled
-        self._context = model.context_embedder(context)  # (T, M, D)
-        self._contexts: dict[tuple[int, ...], Tensor] = {}
+        self.model, self._context, self._pooled = model, context, pooled
+        self.positions: dict[tuple[int, int], Tensor] = {}  # of pictures of so many rows and columns
+        self._text = model.embed_text(context)  # (T, M, D)
+        self._texts: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor]] = {}
         self._indices: dict[tuple[int, ...], Tensor] = {}
-        self._positions: dict[tuple[int, int], Tensor] = {}
         self._known: dict[float, list[Modulations]] = {}
         self._learn(list(dict.fromkeys(sigmas)))
 
@@ -43,25 +57,25 @@ class Prepared:
         """The velocity of latents `(R, C, h, w)`, all at this noise level, `texts[r]` the text of latent r."""
         return predict(latent, [Row(self, float(sigma), text) for text in texts])
 
-    def positions(self, latent: Tensor) -> Tensor:
-        """`(1, N, D)`, on the latent's device and in its dtype."""
-        size = self.model.tokens(latent)
-        if size not in self._positions:
-            self._positions[size] = crop_positions(self.model.pos_embed, *size).to(latent)
-        return self._positions[size]
+    def known(self, sigma: float, texts: tuple[int, ...]) -> Known:
+        """What rows with these texts have at this noise level."""
+        context, pooled, text = self._of(texts)
+        level = torch.full((len(texts),), sigma, device=pooled.device)
+        return Known(level, context, pooled, text, self._modulations(sigma, texts))
 
-    def context(self, texts: tuple[int, ...]) -> Tensor:
-        """`(R, M, D)`, kept for the next step: copied once for all steps with and once for those without guidance."""
+    def _of(self, texts: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """Kept for the next step: copied once for all steps with and once for those without guidance."""
+        every = self._context, self._pooled, self._text
         if self._all(texts):
-            return self._context
-        if texts not in self._contexts:
-            while len(self._contexts) > 1:
-                self._contexts.pop(next(iter(self._contexts)))
-            self._contexts[texts] = self._context.index_select(0, self._index(texts))
-        return self._contexts[texts]
+            return every
+        if texts not in self._texts:
+            while len(self._texts) > 1:
+                self._texts.pop(next(iter(self._texts)))
+            context, pooled, text = (tensor.index_select(0, self._index(texts)) for tensor in every)
+            self._texts[texts] = context, pooled, text
+        return self._texts[texts]
 
-    def modulations(self, sigma: float, texts: tuple[int, ...]) -> list[Modulations]:
-        """What every block is told at this noise level, each shift, scale and gate `(R, 1, D)`."""
+    def _modulations(self, sigma: float, texts: tuple[int, ...]) -> list[Modulations]:
         if sigma not in self._known:
             self._learn([sigma])
         told = self._known[sigma]
@@ -72,20 +86,20 @@ class Prepared:
         return [tuple(torch.stack(part).index_select(1, index).unbind() for part in parts) for parts in told]
 
     def _all(self, texts: tuple[int, ...]) -> bool:
-        return texts == tuple(range(len(self.pooled)))
+        return texts == tuple(range(len(self._pooled)))
 
     def _index(self, texts: tuple[int, ...]) -> Tensor:
         if texts not in self._indices:
-            self._indices[texts] = torch.tensor(texts, device=self.pooled.device)
+            self._indices[texts] = torch.tensor(texts, device=self._pooled.device)
         return self._indices[texts]
 
     def _learn(self, sigmas: list[float]) -> None:
         """The modulations of these noise levels, all in one batch."""
         if not sigmas:
             return
-        texts = len(self.pooled)
-        every = torch.tensor(sigmas, device=self.pooled.device).repeat_interleave(texts)  # (S T,)
-        told = self.model.modulations(every, self.pooled.repeat(len(sigmas), 1))
+        texts = len(self._pooled)
+        every = torch.tensor(sigmas, device=self._pooled.device).repeat_interleave(texts)  # (S T,)
+        told = self.model.modulations(every, self._pooled.repeat(len(sigmas), 1))
         for i, sigma in enumerate(sigmas):
             rows = slice(i * texts, (i + 1) * texts)
             self._known[sigma] = [tuple(tuple(t[rows] for t in part) for part in parts) for parts in told]
@@ -97,14 +111,48 @@ def predict(latents: Tensor, rows: Sequence[Row]) -> Tensor:
     Rows that share noise level and preparation should lie side by side: they are looked up at once.
     """
     groups = [(*key, tuple(row.text for row in some)) for key, some in groupby(rows, lambda row: row[:2])]
-    contexts = [prepared.context(texts) for prepared, _, texts in groups]
-    told = [prepared.modulations(sigma, texts) for prepared, sigma, texts in groups]
-    context = contexts[0] if len(groups) == 1 else torch.cat(contexts)  # (R, M, D)
-    modulations = told[0] if len(groups) == 1 else [tuple(map(side_by_side, zip(*block))) for block in zip(*told)]
+    found = [prepared.known(sigma, texts) for prepared, sigma, texts in groups]
+    known = found[0] if len(groups) == 1 else together(found)
     first = rows[0].prepared
-    return first.model.flow(latents, first.positions(latents), context, modulations)
+    with answering(first, latents, known):
+        return first.model(latents, known.sigma, known.context, known.pooled)
+
+
+def together(groups: Sequence[Known]) -> Known:
+    """Several groups of rows as one batch."""
+    sigma, context, pooled, text = (torch.cat(tensors) for tensors in list(zip(*groups))[:4])
+    told = [tuple(map(side_by_side, zip(*block))) for block in zip(*(group.modulations for group in groups))]
+    return Known(sigma, context, pooled, text, told)
 
 
 def side_by_side(parts: Sequence[Modulation]) -> Modulation:
     """One stream's modulation of several groups of rows as one batch's."""
     return torch.cat([torch.stack(part) for part in parts], dim=1).unbind()
+
+
+@contextmanager
+def answering(prepared: Prepared, latents: Tensor, known: Known) -> Iterator[None]:
+    """Meanwhile the model's methods, given just what is known, answer from memory."""
+    model = prepared.model
+    positions, embed_text, modulations = model.positions, model.embed_text, model.modulations
+
+    def placed(rows: int, columns: int) -> Tensor:
+        if (rows, columns) not in prepared.positions:
+            prepared.positions[rows, columns] = positions(rows, columns).to(latents)
+        return prepared.positions[rows, columns]
+
+    answers: dict[str, Any] = {
+        "positions": placed,
+        "embed_text": lambda context: known.text if context is known.context else embed_text(context),
+        "modulations": lambda sigma, pooled: (
+            known.modulations if sigma is known.sigma and pooled is known.pooled else modulations(sigma, pooled)
+        ),
+    }
+    own = {name: vars(model)[name] for name in answers if name in vars(model)}  # what a user put in their places
+    vars(model).update(answers)
+    try:
+        yield
+    finally:
+        for name in answers:
+            del vars(model)[name]
+        vars(model).update(own)

@@ -23,7 +23,7 @@ from reference import (
 from torch import Tensor, nn
 
 from mmdit.config import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM, TOY, MMDiTConfig
-from mmdit.model import JointBlock, MMDiT, crop_positions, timestep_waves
+from mmdit.model import JointBlock, MMDiT, Tokens, crop_positions, timestep_waves
 
 SIGMAS = (1.0, 0.98738, 0.11, 0.00893)
 PLAIN = replace(TOY, qk_norm=False, dual_attention_blocks=())
@@ -178,7 +178,7 @@ def test_one_block_is_that_of_diffusers(config: MMDiTConfig, index: int, strengt
     x = strength * torch.randn(3, 35, config.hidden_size, generator=generator)
     context = strength * torch.randn(3, 77, config.hidden_size, generator=generator)
     c = torch.randn(3, config.hidden_size, generator=generator)
-    found_x, found_context = block(x, context, *block.modulation(c))
+    found_x, found_context = block(x, context, Tokens(77, 5, 7), *block.modulation(c))
     expected_context, expected_x = other(x, context, c)
     assert relative_error(found_x, expected_x) <= 1e-6
     if index < config.depth - 1:

@@ -25,7 +25,7 @@ from mmdit.memory.empty import on_meta
 from mmdit.memory.meter import FusedAttention, Meter, peak_bytes
 from mmdit.memory.plan import Bytes, Job
 from mmdit.memory.planner import Planner
-from mmdit.memory.residency import LAYOUTS, Mode, Network, Residency
+from mmdit.memory.residency import ROLES, Mode, Network, Residency
 from mmdit.model import MMDiT
 from mmdit.prepared import Prepared
 
@@ -253,7 +253,7 @@ def test_two_networks_that_denoise_are_there_together(
     full: dict[str, Network], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a control net and the transformer will: their weights add up, and neither leaves for the other."""
-    monkeypatch.setitem(LAYOUTS, "control", LAYOUTS["transformer"])
+    monkeypatch.setitem(ROLES, "control", ROLES["transformer"])
     half = on_meta(MMDiT, replace(SD35_MEDIUM, depth=12, dual_attention_blocks=(0,)), torch.bfloat16)
     source: Any = Unread(half)
     both = {**full, "control": Network("control", half, source, META)}

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmdit.common.layout import Layout
+
 HEAD_DIM = 64  # of every CLIP text model that Stable Diffusion uses; a weights file does not record it
 
 LAYER = re.compile(r"text_model\.encoder\.layers\.(\d+)\.")
@@ -92,6 +94,10 @@ class CLIPConfig:
 
 class CLIPTextEncoder(nn.Module):
     """Token ids to per-token features and one pooled vector per text."""
+
+    layout = Layout(
+        tables=("text_model.embeddings.token_embedding.weight",), blocks="text_model.encoder.layers"
+    )  # fmt: skip
 
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmdit.common.layout import Layout
+
 BLOCK = re.compile(r"encoder\.block\.(\d+)\.")
 
 
@@ -84,6 +86,8 @@ class T5Config:
 
 class T5Encoder(nn.Module):
     """Token ids to per-token features."""
+
+    layout = Layout(tables=("shared.weight",), blocks="encoder.block")
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from mmdit.common.layout import Layout
+
 
 @dataclass(frozen=True)
 class VAEConfig:
@@ -81,6 +83,8 @@ class Autoencoder(nn.Module):
     The latents here are those the transformer works on: `(raw - shift) * scale` of the network's own output
     (Stability `process_in`), so nobody outside this class handles the two constants.
     """
+
+    layout = Layout(entries=("encoder", "decoder"), channels_last=True)
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()

@@ -38,7 +38,7 @@ class _Attention(torch.autograd.Function):
         return dq.view(b, h, -1, d), dk.view(b, h, -1, d), dv.view(b, h, -1, d)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, _: None) -> Tensor:
     """As every backend of `mmdit.attention`."""
     y = _Attention.apply(*(t.transpose(1, 2) for t in (q, k, v)))
     return y.transpose(1, 2)  # type: ignore[union-attr]

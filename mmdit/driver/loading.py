@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,11 +99,8 @@ def load_parts(settings: Settings) -> Parts:
     for name in wanted:
         source = Source(modules[name], components[name], part_dtype(name, dtype))
         if name == "transformer" and settings.quantise != "none":
-            change = partial(quantised, kind=settings.quantise)
-            source = QuantisedSource(source, change(modules[name]))
-            networks[name] = Network(name, modules[name], source, device, change)
-        else:
-            networks[name] = Network(name, modules[name], source, device)
+            source = QuantisedSource(source, quantised(modules[name], settings.quantise))
+        networks[name] = Network(name, modules[name], source, device)
     adapters = Adapters({name: network for name, network in networks.items() if name != "vae"})
     planned = [adapters.plan(split_lora(lora)[0]).report.path for lora in settings.lora]
     text = TextEncoder(

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdit.common.errors import SettingsError
-from mmdit.model import JointBlock, LayerNorm, MMDiT
+from mmdit.kernels.stock import forward_is
+from mmdit.model import LayerNorm, MMDiT
 
 _SHAPES = 64  # kinds of block times sizes and batches; past PyTorch's own limit, 8, the next would not be compiled
 
@@ -62,25 +63,47 @@ def _header_folders() -> list[str]:
 
 
 def compile_blocks(model: MMDiT, **how: Any) -> None:
-    """The blocks, one compilation for each of their kinds; how: as torch.compile takes it."""
+    """The blocks, one compilation for each of their kinds; how: as torch.compile takes it.
+
+    What is compiled is each block's own forward, whatever its class has made of it; one that a block was given alone
+    stays as it is.
+    """
     from torch._dynamo import config  # here: it takes longer than all else before the first step
 
     config.cache_size_limit = max(config.cache_size_limit, _SHAPES)
     config.skip_nnmodule_hook_guards = False  # or hooks put on modules of a block after its first call would do nothing
-    forward = _telling(torch.compile(JointBlock.forward, **how))
-    for block in model.joint_blocks:
-        block.forward = MethodType(forward, block)
+    ways: dict[Callable[..., Any], Callable[..., Any]] = {}
+    for block in model.get_submodule(model.layout.blocks or "").children():
+        plain = type(block).forward
+        if "forward" not in vars(block):
+            ways.setdefault(plain, _block_by(plain, _telling(torch.compile(plain, **how))))
+            block.forward = MethodType(ways[plain], block)
+
+
+def _block_by(plain: Callable[..., Any], compiled: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(self: nn.Module, x: Tensor, *given: Any) -> Any:
+        current = type(self).forward
+        return compiled(self, x, *given) if current is plain and not x.is_meta else current(self, x, *given)
+
+    return forward
 
 
 def compile_norms(model: MMDiT) -> None:
+    """The norms whose forward is the one written here; the others stay as they are."""
     for module in model.modules():
-        if isinstance(module, LayerNorm):
+        if "forward" not in vars(module) and isinstance(module, LayerNorm) and forward_is(module, _plain_layer_norm):
             module.forward = MethodType(_layer_norm, module)
-        if isinstance(module, nn.RMSNorm):
+        if "forward" not in vars(module) and type(module).forward is nn.RMSNorm.forward:
             module.forward = MethodType(_rms_norm, module)
 
 
-def _layer_norm(_: LayerNorm, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def _plain_layer_norm(self: LayerNorm, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return torch.addcmul(shift, F.layer_norm(x, (self.width,), eps=1e-6), 1 + scale)
+
+
+def _layer_norm(self: LayerNorm, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    if x.is_meta or not forward_is(self, _plain_layer_norm):
+        return type(self).forward(self, x, shift, scale)
     return _compiled(_modulated)(x, shift, scale)
 
 
@@ -89,6 +112,8 @@ def _modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def _rms_norm(self: nn.RMSNorm, x: Tensor) -> Tensor:
+    if x.is_meta:
+        return nn.RMSNorm.forward(self, x)
     return _compiled(F.rms_norm)(x, self.weight.shape, self.weight, self.eps)
 
 

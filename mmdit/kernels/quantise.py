@@ -5,10 +5,13 @@ and rounded: to whole numbers (int8) or to e4m3 (fp8). A layer turns its matrix 
 when it is called. Norms, biases, embeddings, modulations and the final layer stay as they are.
 """
 
+import re
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmdit.common.layout import Layout
 from weights import Source
 
 FORMATS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -33,12 +36,16 @@ class QuantisedLinear(nn.Module):
 
 
 def quantised(model: nn.Module, kind: str) -> nn.Module:
-    """Give the blocks of a transformer, on "meta", layers for 8-bit matrices, in place; adaLN layers are left out.
+    """Give the blocks of a transformer, on "meta", layers for 8-bit matrices, in place.
 
-    kind: of FORMATS. Returns the model.
+    What is used before the loop is left out, and linear layers with a forward of their own. kind: of FORMATS. Returns the model.
     """
+    layout: Layout = model.layout  # pyright: ignore[reportAssignmentType]
+    before = re.compile(rf"(?:{layout.before})\..+" if layout.before else r"(?!)")
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and name.startswith("joint_blocks.") and "adaLN" not in name:
+        plain = type(module).forward is nn.Linear.forward
+        if plain and name.startswith(f"{layout.blocks}.") and not before.fullmatch(name):
+            assert isinstance(module, nn.Linear)
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, QuantisedLinear(module, FORMATS[kind]))
     return model

@@ -1,20 +1,18 @@
 """What computations take: the most bytes that their tensors take at a time, weights left out.
 
-Encoding and denoising are measured by running the real code, of a network cut short, without memory
-(`mmdit.memory.meter`): what a block leaves behind takes no more memory after twenty blocks than after two. The bounds
-and the table are arithmetic, as decoding is (`vae.memory`).
+Encoding and denoising are measured by running the networks as they are, without memory (`mmdit.memory.meter`). The
+bounds are arithmetic, as decoding is (`vae.memory`); they hold for the transformer as published.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from mmdit.attention import attention_by
 from mmdit.memory.devices import locked_bytes
-from mmdit.memory.empty import on_meta
-from mmdit.memory.meter import peak_bytes
+from mmdit.memory.empty import emptied
+from mmdit.memory.meter import held_bytes, peak_bytes
 from mmdit.memory.plan import Job
 from mmdit.memory.residency import Network, Role, of_role
 from mmdit.prepared import Prepared
@@ -40,10 +38,10 @@ class Activations:
     def encoding(self, name: str, job: Job) -> int:
         """Bytes for the texts of one picture, all at once."""
         network = self._networks[name]
-        config, dtype, length = network.module.config, _dtype(network), self._tokens(name, job)
+        length = self._tokens(name, job)
 
         def encode() -> int:
-            module = on_meta(type(network.module), replace(config, num_layers=2), dtype)
+            module = emptied(network.module)
             return peak_bytes(module, torch.zeros(job.texts, length, dtype=torch.long, device="meta"))
 
         return self._once((name, job.texts, length), encode)
@@ -63,23 +61,31 @@ class Activations:
     # ---- denoising -------------------------------------------------------------------------------
 
     def table(self, name: str, job: Job, batch: int) -> int:
-        """Bytes of what every block is told in all steps, and once more in this one for each picture of a batch."""
+        """Bytes of what every block is told, kept for all steps of `batch` pictures."""
+        texts = job.texts * (batch if job.apart else 1)
+        return self._once((name, "table", job.steps, texts), lambda: self._told(name, job.steps * texts))
+
+    def _told(self, name: str, rows: int) -> int:
+        """Bytes of what every block is told for so many noise levels and texts."""
+        model = emptied(self._networks[name].module)
+        sigma = torch.empty(rows, device="meta")
+        pooled = torch.empty(rows, model.config.pooled_size, dtype=self._dtype, device="meta")
+        return held_bytes(model.modulations, sigma, pooled)
+
+    def table_bound(self, name: str, job: Job, batch: int) -> int:
+        """Bytes of `table` for the transformer as published, and once more of one step's for each picture."""
         shapes = self._networks[name].shapes
         each = sum(shape[0] for name, shape in shapes.items() if name.endswith("adaLN_modulation.1.weight"))
         texts = job.texts * (batch if job.apart else 1)
-        spread = job.texts * batch if texts < job.texts * batch else 0
-        return (job.steps * texts + spread) * each * self._dtype.itemsize
+        return (job.steps * texts + job.texts * batch) * each * self._dtype.itemsize
 
     def denoising(self, name: str, job: Job, batch: int) -> int:
         """Bytes for one step of `batch` pictures, without the table."""
-        network = self._networks[name]
-        config = network.module.config
-        short = replace(config, depth=2, dual_attention_blocks=config.dual_attention_blocks[:1] and (0,))
 
         def measure() -> int:
-            model = network.change(on_meta(type(network.module), short, self._dtype))
+            model = emptied(self._networks[name].module)
             attention_by(model, job.attention)
-            return peak_bytes(self._step, model, job, batch)
+            return peak_bytes(self._step, model, job, batch) - self._told(name, job.texts * (batch if job.apart else 1))
 
         key = (name, job.rows, job.columns, job.texts, batch, job.apart, self._context(job), job.attention)
         return self._once(key, measure)
@@ -92,7 +98,8 @@ class Activations:
         pooled = torch.empty(texts, config.pooled_size, dtype=self._dtype, device="meta")
         latents = torch.empty(batch, config.in_channels, job.rows, job.columns, device="meta")
         rows = [text for text in range(texts) for _ in range(each)]
-        return Prepared(model, context, pooled)(torch.cat([latents] * job.texts).to(self._dtype), 1.0, rows).float()
+        prepared = Prepared(model, context, pooled, (1.0,))
+        return prepared(torch.cat([latents] * job.texts).to(self._dtype), 1.0, rows).float()
 
     def denoising_bound(self, name: str, job: Job, batch: int) -> int:
         """Bytes that `denoising` does not exceed."""

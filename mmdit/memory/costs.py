@@ -31,8 +31,8 @@ class Costs:
         """Bytes of what lies on the device as long as the network is there."""
         network = self._networks[name]
         apart = {n for unit in network.apart(mode, kept) for n in unit.names}
-        if self._device.type != "cpu" and network.layout.table is not None:
-            apart.add(network.layout.table)
+        if self._device.type != "cpu":
+            apart.update(network.layout.tables)
         return network.cost(*(n for n in network.source.shapes if n not in apart))
 
     def staying(self, modes: Mapping[str, Mode]) -> int:
@@ -65,9 +65,10 @@ class Costs:
 
     def denoising(self, modes: Mapping[str, Mode], kept: int, job: Job, batch: int, rough: bool) -> Bytes:
         """For `batch` pictures at a time. kept: blocks that stay of those that would come and go."""
+        table_of = self.activations.table_bound if rough else self.activations.table
         work, found = self.activations.denoising_bound if rough else self.activations.denoising, []
         for name in of_role(Role.DENOISES, modes):
-            table = self.activations.table(name, job, batch)
+            table = table_of(name, job, batch)
             found.append(self._visit(name, modes[name], kept, table, table + work(name, job, batch)))
         return _all_of(Role.DENOISES, found)
 

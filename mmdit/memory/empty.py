@@ -1,6 +1,8 @@
 """Modules without values, on PyTorch's "meta" device."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -24,3 +26,17 @@ def on_meta(module: Callable[[Any], Any], config: Any, dtype: torch.dtype | None
     """`module(config)` without memory, frozen. dtype: of its numbers; None keeps those of the layers."""
     with _Undrawn(), torch.device("meta"):
         return module(config).to(dtype).requires_grad_(False)
+
+
+def emptied(module: nn.Module) -> Any:
+    """A copy of a module as it is now, without memory and without hooks."""
+    known: dict[int, Any] = {}
+    for parameter in module.parameters():
+        known[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+    for buffer in module.buffers():
+        known[id(buffer)] = torch.empty_like(buffer, device="meta")
+    for part in module.modules():
+        for name, value in vars(part).items():
+            if name.endswith("_hooks"):  # what they see is whoever put them there's
+                known[id(value)] = OrderedDict()
+    return deepcopy(module, known)

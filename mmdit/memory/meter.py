@@ -71,3 +71,10 @@ def peak_bytes(compute: Callable[..., object], *given: Any) -> int:
     with FusedAttention(), Meter() as meter:
         compute(*given)
     return meter.peak
+
+
+@torch.no_grad()
+def held_bytes(compute: Callable[..., object], *given: Any) -> int:
+    """The bytes of the tensors that `compute(*given)` returns, on "meta"; views of one memory count once."""
+    storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in tree_leaves(compute(*given))}
+    return sum(storage.nbytes() for storage in storages.values())

@@ -8,12 +8,13 @@ layers, a third of its weights, are used before the first step for all steps at 
 import re
 from collections.abc import Callable, Iterable
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from mmdit.common.layout import Layout
 from mmdit.memory.devices import give_back, unlock
 from mmdit.memory.paged import Pages
 from mmdit.memory.streaming import Stream, Unit
@@ -41,35 +42,18 @@ class Role(StrEnum):
         return self is not Role.DENOISES
 
 
-class Layout(NamedTuple):
-    """What a network does, and which of its parts are treated apart, by their names."""
-
-    role: Role
-    table: str | None = None  # a tensor of which few rows are used; it stays on the host
-    before: str | None = None  # pattern of the modules that are used before the loop
-    blocks: str | None = None  # list of modules that run one after another
-    loop: bool = False  # whether the blocks run more than once
-    entries: tuple[str, ...] = ()  # modules that are called without the whole
-    channels_last: bool = False  # whether its convolutions are faster so, in 16 bits
-
-
-_CLIP = Layout(
-    Role.ENCODES_TEXT, table="text_model.embeddings.token_embedding.weight", blocks="text_model.encoder.layers"
-)
-LAYOUTS = {
-    "clip_l": _CLIP,
-    "clip_g": _CLIP,
-    "t5": Layout(Role.ENCODES_TEXT, table="shared.weight", blocks="encoder.block"),
-    "transformer": Layout(
-        Role.DENOISES, "pos_embed", r"joint_blocks\.\d+\.\w+\.adaLN_modulation", "joint_blocks", loop=True
-    ),
-    "vae": Layout(Role.DECODES, entries=("encoder", "decoder"), channels_last=True),
+ROLES = {
+    "clip_l": Role.ENCODES_TEXT,
+    "clip_g": Role.ENCODES_TEXT,
+    "t5": Role.ENCODES_TEXT,
+    "transformer": Role.DENOISES,
+    "vae": Role.DECODES,
 }
 
 
 def of_role(role: Role, names: Iterable[str]) -> list[str]:
     """Those of these networks that have the role."""
-    return [name for name in names if LAYOUTS[name].role is role]
+    return [name for name in names if ROLES[name] is role]
 
 
 class Network:
@@ -84,29 +68,26 @@ class Network:
         module: nn.Module,
         source: Source,
         device: torch.device,
-        change: Callable[[nn.Module], nn.Module] = lambda module: module,
     ) -> None:
-        """module: built on "meta"; it is frozen and put into eval mode. device: where it is to compute.
-
-        change: what was done to the module after it was built; a smaller one, to measure, is changed likewise.
-        """
+        """module: built on "meta"; it is frozen and put into eval mode. device: where it is to compute."""
         self.module: Any = module.requires_grad_(False).eval()
         for tensor, empty in module.state_dict(keep_vars=True).items():
             empty.data = empty.data.to(source.dtype(tensor))
-        self.source, self.device, self.change = source, device, change
+        self.source, self.device = source, device
         self.mode, self.kept = Mode.RESIDENT, 0  # blocks that stay while the others come and go
         self.shapes = {name: shape for name, shape in source.shapes.items() if not name.endswith("weight_scale")}
         self.original = source.original
-        self.layout = LAYOUTS[name]
-        self.role = self.layout.role
+        self.layout: Layout = self.module.layout
+        self.role = ROLES[name]
         self.before, self.blocks = units(module, self.layout)
         self._empty = module.state_dict(keep_vars=True)
         self.here = False
         self.pages = Pages(device)  # of the blocks that come in rounds, from visit to visit
         self._streams: list[Stream] = []
-        table = self.layout.table and module.get_submodule(self.layout.table.rpartition(".")[0])
-        if isinstance(table, nn.Embedding):
-            table.register_forward_hook(lambda _, __, rows: rows.to(device))
+        for table in self.layout.tables:
+            owner = module.get_submodule(table.rpartition(".")[0])
+            if isinstance(owner, nn.Embedding):
+                owner.register_forward_hook(lambda _, __, rows: rows.to(device))
 
     def enter(self, progress: Callable[[int], object] = int) -> None:
         """Bring the weights to the device as `mode` says; nothing where they are there.
@@ -183,7 +164,7 @@ class Network:
         tensor = self.source(name)
         if self.layout.channels_last and tensor.ndim == 4 and tensor.itemsize == 2:
             tensor = tensor.contiguous(memory_format=torch.channels_last)
-        return tensor if name == self.layout.table else tensor.to(self.device)
+        return tensor if name in self.layout.tables else tensor.to(self.device)
 
     def _bind(self, name: str, tensor: Tensor | None) -> None:
         owner, _, leaf = name.rpartition(".")
