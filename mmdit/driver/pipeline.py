@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from PIL import Image
 from torch import Tensor
@@ -47,11 +48,14 @@ class Pipeline(Stages):
     `adapters` adds more adapters, rescales them and takes them out; `plan` is what is on the device when.
     """
 
-    def __init__(self, parts: Parts, settings: Settings) -> None:
-        """settings: what loading fixed is read from it (`LOADED`)."""
+    def __init__(self, parts: Parts, settings: Settings, editable: bool = False) -> None:
+        """settings: what loading fixed is read from it (`LOADED`). editable: as `load` takes it."""
         super().__init__(parts, settings)
         for path, scale in map(split_lora, settings.lora):
             self.adapters.add(path, scale)
+        if editable:
+            for network in parts.networks.values():
+                network.settle()
         if self.device.type == "cpu":
             by_onednn(self.transformer)
         if settings.compile:
@@ -61,24 +65,33 @@ class Pipeline(Stages):
             self.follow(self.plan_for(job), job)
 
     @classmethod
-    def load(cls, model: str | Path | None = None, **keywords: Any) -> "Pipeline":
+    def load(cls, model: str | Path | None = None, *, editable: bool = False, **keywords: Any) -> "Pipeline":
         """Load a diffusers folder, a single file or a model of the hub, or without an argument the demo model.
 
         keywords: `clip_l`, `clip_g`, `t5xxl`, `vae`, `tokenizers`, `lora` (a list), `device`, `dtype`, `t5`, `memory`,
-        `quantise`, `compile`, as in Settings; without T5 its weights are not opened. Raises one of USER_ERRORS, each a
-        ValueError with a one-line message.
+        `quantise`, `compile`, as in Settings; without T5 its weights are not opened.
+
+        editable: the weights lie in the modules as in any PyTorch program, all of them on the device: modules may be
+        replaced, weights written to, parametrized or wrapped, and every picture drawn thereafter has it. Without it
+        weights come and go, and what is put into their places meanwhile is refused; hooks work in either case.
+
+        Raises one of USER_ERRORS, each a ValueError with a one-line message.
         """
         given = {name: str(v) if isinstance(v, Path) else v for name, v in {"model": model, **keywords}.items()}
-        return cls.from_settings(settings_from(given))
+        return cls.from_settings(settings_from(given), editable=editable)
 
     @classmethod
-    def from_settings(cls, settings: Settings, parts: Parts | None = None) -> "Pipeline":
+    def from_settings(cls, settings: Settings, parts: Parts | None = None, editable: bool = False) -> "Pipeline":
         """Load the model that a Settings names; what it says of the picture may change from call to call.
 
-        parts: what `load_parts` found for these settings, where that was called before.
+        parts: what `load_parts` found for these settings, where that was called before. editable: as in `load`.
         """
         with memory_errors("loading"):
-            return cls(parts or load_parts(settings), settings)
+            parts = parts or load_parts(settings)
+            if editable:  # what it will have become when it draws, no hash tells
+                name = f"edited-{uuid4()}"
+                parts = parts._replace(fingerprint=name, weights=name)
+            return cls(parts, settings, editable)
 
     def __call__(self, prompt: str, *, on_step: OnEachStep | None = None, **keywords: Any) -> list[Image.Image]:
         """Draw. keywords: negative, width, height, steps, cfg, cfg_interval, seed, count, t5_length, memory, attention.

@@ -140,7 +140,7 @@ class Activations:
         return places * locked_bytes(numbers * _dtype(network).itemsize)
 
     def _once(self, key: tuple[object, ...], measure: Callable[[], int]) -> int:
-        if key not in self._measured:
+        if key not in self._measured or any(network.editable for network in self._networks.values()):
             self._measured[key] = measure()
         return self._measured[key]
 

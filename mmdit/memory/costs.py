@@ -30,6 +30,8 @@ class Costs:
     def weights(self, name: str, mode: Mode, kept: int = 0) -> int:
         """Bytes of what lies on the device as long as the network is there."""
         network = self._networks[name]
+        if network.editable:
+            return sum(tensor.nbytes for tensor in (*network.module.parameters(), *network.module.buffers()))
         apart = {n for unit in network.apart(mode, kept) for n in unit.names}
         if self._device.type != "cpu":
             apart.update(network.layout.tables)

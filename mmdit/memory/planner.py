@@ -138,6 +138,8 @@ class Planner:
         """Where the networks can be, the fastest way first."""
         encoders, denoisers = (of_role(role, self._networks) for role in (Role.ENCODES_TEXT, Role.DENOISES))
         resident = dict.fromkeys(self._networks, Mode.RESIDENT)
+        if any(network.editable for network in self._networks.values()):
+            return [resident]
         staged = dict.fromkeys(self._networks, Mode.STAGED) | dict.fromkeys(encoders, Mode.STREAMED)
         streamed = staged | dict.fromkeys(denoisers, Mode.STREAMED)
         if self._device.type == "cpu":

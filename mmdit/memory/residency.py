@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from mmdit.common.errors import SettingsError
 from mmdit.common.layout import Layout
 from mmdit.memory.devices import give_back, unlock
 from mmdit.memory.paged import Pages
@@ -73,7 +74,7 @@ class Network:
         self.module: Any = module.requires_grad_(False).eval()
         for tensor, empty in module.state_dict(keep_vars=True).items():
             empty.data = empty.data.to(source.dtype(tensor))
-        self.source, self.device = source, device
+        self.name, self.source, self.device = name, source, device
         self.mode, self.kept = Mode.RESIDENT, 0  # blocks that stay while the others come and go
         self.shapes = {name: shape for name, shape in source.shapes.items() if not name.endswith("weight_scale")}
         self.original = source.original
@@ -81,7 +82,9 @@ class Network:
         self.role = ROLES[name]
         self.before, self.blocks = units(module, self.layout)
         self._empty = module.state_dict(keep_vars=True)
-        self.here = False
+        self._owners = {name: module.get_submodule(name.rpartition(".")[0]) for name in self._empty}
+        self._versions = {name: tensor._version for name, tensor in self._empty.items()}
+        self.here = self.editable = False
         self.pages = Pages(device)  # of the blocks that come in rounds, from visit to visit
         self._streams: list[Stream] = []
         for table in self.layout.tables:
@@ -96,6 +99,7 @@ class Network:
         """
         if self.here:
             return
+        self._check_unchanged()
         self.here = True  # from the first tensor on, so that `leave` takes out what came before a failure
         try:
             self._bring(progress)
@@ -116,9 +120,32 @@ class Network:
             if run:
                 self._streams.append(Stream(run, self.source, self._bind, self.device, loop, self.pages))
 
+    def settle(self) -> None:
+        """Bring all weights to the device for good, as parameters that are the module's own and may be changed."""
+        self.mode = Mode.RESIDENT
+        self.enter()
+        for name, tensor in self.module.state_dict().items():
+            self._bind(name, tensor.to(self.device, copy=True))
+        self.editable = True
+
+    def _check_unchanged(self) -> None:
+        """Raise SettingsError where the module was changed while its weights were away."""
+        modules = dict(self.module.named_modules(remove_duplicate=False))
+        for name, owner in self._owners.items():
+            path = name.rpartition(".")[0]
+            if modules.get(path) is not owner:
+                what = f"{path} is another module"
+            elif self._empty[name]._version != self._versions[name]:
+                what = f"{name} was written to while its values were not there"
+            else:
+                continue
+            raise SettingsError(
+                f"the {self.name} was changed after it was loaded ({what}): load it with editable=True to change it"
+            )
+
     def leave(self) -> None:
-        """Free the device of them; nothing where they are not there."""
-        if not self.here:
+        """Free the device of them; nothing where they are not there, or are to stay as they are now."""
+        if not self.here or self.editable:
             return
         for stream in self._streams:
             stream.close()
@@ -139,7 +166,7 @@ class Network:
         return spread([unit for unit in self.blocks if self.cost(*unit.names)], kept)
 
     def cost(self, *names: str) -> int:
-        """Bytes that these tensors take of the device's memory."""
+        """Bytes that these tensors, as they were loaded, take of the device's memory."""
         return sum(self.source.nbytes(name) for name in names if not self.lies(name))
 
     def lies(self, name: str) -> bool:
@@ -149,6 +176,8 @@ class Network:
 
     def put(self, name: str, tensor: Tensor | None) -> None:
         """Compute with this weight, on the CPU, from now on; None: with the original."""
+        if self.editable:
+            raise SettingsError("lora: the adapters of an editable model are given when it is loaded")
         stays = self.here and self.mode is Mode.RESIDENT
         if not stays:
             self.leave()  # first: a block may be on its way
@@ -167,8 +196,7 @@ class Network:
         return tensor if name in self.layout.tables else tensor.to(self.device)
 
     def _bind(self, name: str, tensor: Tensor | None) -> None:
-        owner, _, leaf = name.rpartition(".")
-        module, empty = self.module.get_submodule(owner), self._empty[name]
+        module, empty, leaf = self._owners[name], self._empty[name], name.rpartition(".")[2]
         if isinstance(empty, nn.Parameter):
             module._parameters[leaf] = empty if tensor is None else nn.Parameter(tensor, requires_grad=False)
         else:
