@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdit.config import SD35_MEDIUM
-from mmdit.driver.loading import MODULES
+from mmdit.driver.building import MODULES
 from mmdit.memory.empty import on_meta
 from mmdit.memory.host import own_bytes
 from mmdit.memory.plan import Job, Plan

@@ -32,8 +32,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: Backend = "auto", bias: 
     """
     if isinstance(backend, str):
         plain = backend != "math" and (q.is_meta or (bias is not None and backend in _WITHOUT_BIAS))
-        backend = BACKENDS["sdpa" if plain else backend]
-    return rearrange(backend(q, k, v, bias), "b n h d -> b n (h d)")
+        compute: Computation = BACKENDS["sdpa" if plain else backend]
+    else:
+        compute = backend
+    return rearrange(compute(q, k, v, bias), "b n h d -> b n (h d)")
 
 
 def attention_by(model: nn.Module, backend: str) -> None:

@@ -1,12 +1,19 @@
 """What an MMDiT-X is made of, in numbers: one dataclass, one named constant per published model."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any
+
+# What diffusers writes beside, and what follows from the rest.
+_UNREAD = ("sample_size", "out_channels", "caption_projection_dim", "variant")
 
 
 @dataclass(frozen=True)
 class MMDiTConfig:
     """The shape of a transformer. The defaults are SD3.5-Medium's.
+
+    A variant's config is a dataclass that extends it; its fields stand in config.json under their own names.
 
     Raises ValueError where the numbers do not go together.
     """
@@ -40,6 +47,38 @@ class MMDiTConfig:
         """Numbers in one patch of a latent."""
         return self.in_channels * self.patch_size**2
 
+    @property
+    def largest(self) -> int | None:
+        """Rows, or columns, of image tokens at most; None: any number."""
+        return self.pos_embed_max_size
+
+    @classmethod
+    def own(cls) -> list[str]:
+        """The fields that the published model does not have."""
+        return [f.name for f in fields(cls) if f.name not in {g.name for g in fields(MMDiTConfig)}]
+
+    @classmethod
+    def unknown(cls, names: Iterable[str]) -> list[str]:
+        """Those of these names of a config.json that say what this config has no place for."""
+        known = {*cls().to_json(), *_UNREAD}
+        return [name for name in names if name not in known and not name.startswith("_")]
+
+    def to_json(self) -> dict[str, Any]:
+        """As `from_json` reads it, under diffusers' names."""
+        return {
+            "patch_size": self.patch_size,
+            "in_channels": self.in_channels,
+            "attention_head_dim": self.head_size,
+            "num_layers": self.depth,
+            "num_attention_heads": self.num_heads,
+            "pos_embed_max_size": self.pos_embed_max_size,
+            "pooled_projection_dim": self.pooled_size,
+            "joint_attention_dim": self.context_size,
+            "qk_norm": "rms_norm" if self.qk_norm else None,
+            "dual_attention_layers": list(self.dual_attention_blocks),
+            **{name: list(v) if isinstance(v := getattr(self, name), tuple) else v for name in self.own()},
+        }
+
     @classmethod
     def from_json(cls, config: dict) -> "MMDiTConfig":
         """From the `transformer/config.json` of a diffusers folder; what it leaves out has diffusers' default.
@@ -60,6 +99,7 @@ class MMDiTConfig:
             context_size=config.get("joint_attention_dim", 4096),
             qk_norm=config.get("qk_norm") is not None,
             dual_attention_blocks=tuple(config.get("dual_attention_layers") or ()),
+            **{n: tuple(v) if isinstance(v := config[n], list) else v for n in cls.own() if n in config},
         )
 
     @classmethod

@@ -105,10 +105,14 @@ class MMDiT(nn.Module):
         sigma: `(B,)`. pooled: `(B, pooled_size)`. Returns for every block its shifts, scales and gates, and last those
         of the final layer.
         """
-        waves = timestep_waves(1000.0 * sigma.float()).to(pooled.dtype)  # (B, 256)
-        c = self.t_embedder(waves) + self.y_embedder(pooled)  # (B, D)
+        c = self.vector(sigma, pooled)
         parts: list[Any] = [*self.joint_blocks, self.final_layer]
         return [part.modulation(c) for part in parts]
+
+    def vector(self, sigma: Tensor, pooled: Tensor) -> Tensor:
+        """Timestep and pooled text as one vector `(B, D)`."""
+        waves = timestep_waves(1000.0 * sigma.float()).to(pooled.dtype)  # (B, 256)
+        return self.t_embedder(waves) + self.y_embedder(pooled)
 
     def flow(self, latent: Tensor, positions: Tensor, context: Tensor, modulations: Sequence[Modulations]) -> Tensor:
         """The velocity `(B, C, h, w)` of a latent of that shape.

@@ -21,7 +21,7 @@ from transformers import CLIPTextModelWithProjection, T5EncoderModel
 import weights.convert
 from benchmarks.random_checkpoint import write_checkpoint
 from mmdit.common.paths import split_scale
-from mmdit.driver.loading import build
+from mmdit.driver.building import build
 from weights import CheckpointError, fill, open_checkpoint, published
 from weights.__main__ import main
 from weights.adapters import Adapters

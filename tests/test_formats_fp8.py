@@ -11,7 +11,7 @@ from layouts import Tensors, check_tensors, toy_parts, write
 from manifests import golden, manifest
 from said import fp8_value
 
-from mmdit.driver.loading import build
+from mmdit.driver.building import build
 from weights import CheckpointError, Component, fill, open_checkpoint
 
 

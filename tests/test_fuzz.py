@@ -16,7 +16,8 @@ from fuzzing import Files, Place, Tally, Trial, bounded, fuzz, scratch
 from said import EXPONENTS, Numbers, Said, decoded, gguf_said, safetensors_said
 
 from mmdit.common.errors import SettingsError
-from mmdit.driver.loading import build, shift_of
+from mmdit.driver.building import build
+from mmdit.driver.loading import shift_of
 from mmdit.driver.settings import Settings, check_defaults
 from weights import CheckpointError, fill, open_checkpoint
 from weights.checkpoint import PLACES

@@ -23,7 +23,7 @@ from benchmarks.emoji.tokenizers import write_tokenizers
 from benchmarks.quantise import coded
 from benchmarks.random_checkpoint import write_checkpoint
 from mmdit import Pipeline
-from mmdit.driver.loading import build
+from mmdit.driver.building import build
 from weights import CheckpointError, fill, open_checkpoint
 from weights.gguf import GGUFFile
 from weights.keymap import TRANSFORMER, revert, to_diffusers

@@ -10,7 +10,8 @@ from manifests import SMALL
 from safetensors.torch import load_file, save_file
 
 from benchmarks.random_checkpoint import write_checkpoint
-from mmdit.driver.loading import build, device_of, part_dtype, shift_of
+from mmdit.driver.building import build
+from mmdit.driver.loading import device_of, part_dtype, shift_of
 from mmdit.driver.settings import Settings
 from mmdit.model import MMDiT
 from text_encoders import CLIPTextEncoder, T5Encoder

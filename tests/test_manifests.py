@@ -18,7 +18,7 @@ from manifests import golden, manifest, manifests, shapes
 from torch import Tensor
 
 from mmdit.config import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM
-from mmdit.driver.loading import build
+from mmdit.driver.building import build
 from text_encoders.clip import CLIP_G, CLIP_L
 from text_encoders.t5 import T5_XXL
 from vae.autoencoder import SD3_VAE

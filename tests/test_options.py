@@ -43,6 +43,7 @@ The model:
 --vae None FILE
 --tokenizers None FOLDER
 --lora [] FILE|FOLDER[:SCALE]
+--variant None FILE|MODULE
 How it is computed:
 --device 'auto' auto,cpu,cuda,mps
 --dtype 'auto' auto,bf16,fp16,fp32
@@ -165,11 +166,11 @@ def test_its_value_is_checked(given: dict[str, Any], message: str) -> None:
 OTHER = {
     "prompt": "x", "negative": "y", "width": 32, "height": 32, "seed": 1, "count": 2, "steps": 3, "cfg": 2.0,
     "cfg_interval": "0.2:0.9", "t5": "off", "t5_length": 77, "model": "m", "clip_l": "l", "clip_g": "g", "t5xxl": "t",
-    "vae": "v", "tokenizers": "k", "lora": ("a:0.5",), "weights": "w", "device": "cpu", "dtype": "fp32",
+    "vae": "v", "tokenizers": "k", "lora": ("a:0.5",), "variant": "a.py", "weights": "w", "device": "cpu", "dtype": "fp32",
     "quantise": "int8", "attention": "math", "compile": True, "memory": "1GB", "out": "o", "prompts": "p", "dump": "d",
 }  # fmt: skip
 UNSEEN = {"count", "device", "memory", "out", "prompts", "dump"}
-IN_WEIGHTS = {"model", "clip_l", "clip_g", "t5xxl", "vae", "tokenizers"}  # by what they hold
+IN_WEIGHTS = {"model", "clip_l", "clip_g", "t5xxl", "vae", "tokenizers", "variant"}  # by what they hold
 
 
 @pytest.mark.parametrize("name", OTHER)
@@ -195,7 +196,7 @@ def test_parameters_has_every_setting(name: str) -> None:
 def test_marks() -> None:
     assert {*LOADED} == {
         "model", "clip_l", "clip_g", "t5xxl", "vae", "tokenizers", "lora", "t5", "dtype", "quantise", "device",
-        "compile",
+        "compile", "variant",
     }  # fmt: skip
     assert marked(Settings, Mark.OF_THE_RUN) == ("memory", "prompts", "dump")
     assert {*marked(Settings, Mark.OWN)} == {"prompt", "negative", "seed", "count", "out"}

@@ -14,7 +14,7 @@ from torch import nn
 
 from benchmarks.random_checkpoint import draw, main, write_checkpoint
 from mmdit.config import SD35_MEDIUM, TOY
-from mmdit.driver.loading import build
+from mmdit.driver.building import build
 from mmdit.model import MMDiT
 from text_encoders.clip import CLIP_G, CLIP_L, CLIPTextEncoder
 from text_encoders.t5 import T5_XXL, T5Encoder

@@ -21,11 +21,19 @@ _BLOCKS, _BLOCK = 2048, 4096  # of others
 
 
 def of_model(
-    components: Mapping[str, Component], configs: Mapping[str, object], shift: float, tokenizers: Iterable[Path]
+    components: Mapping[str, Component],
+    configs: Mapping[str, object],
+    shift: float,
+    tokenizers: Iterable[Path],
+    code: Sequence[Path] = (),
 ) -> str:
-    """A hash of the networks' files and configurations, the noise schedule's shift, and the tokenizers' folders."""
+    """A hash of the networks' files and configurations, the noise schedule's shift, and the tokenizers' folders.
+
+    code: files of a variant of the architecture.
+    """
     told = {name: [repr(configs[name]), *map(of_file, component.files)] for name, component in components.items()}
-    return _hash([sorted(told.items()), shift, [_of_folder(folder) for folder in tokenizers]])
+    values = [sorted(told.items()), shift, [_of_folder(folder) for folder in tokenizers]]
+    return _hash([*values, *([[of_file(path) for path in code]] if code else [])])
 
 
 def with_adapters(model: str, adapters: Sequence[str]) -> str:

@@ -1,36 +1,23 @@
 """From settings to networks: which file becomes which module, on which device, in which number format."""
 
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
+from mmdit import variants
 from mmdit.attention import missing
 from mmdit.common.errors import SettingsError
-from mmdit.config import MMDiTConfig
+from mmdit.driver.building import MODULES, build, variant_of
 from mmdit.driver.defaults import default_settings
 from mmdit.driver.settings import Settings, check_defaults, check_size, split_lora, user_path
 from mmdit.kernels.compiled import lacking
 from mmdit.kernels.quantise import QuantisedSource, quantised
 from mmdit.memory.devices import indexed
-from mmdit.memory.empty import on_meta
 from mmdit.memory.residency import Network
-from mmdit.model import MMDiT
-from text_encoders import (
-    CLIPConfig,
-    CLIPTextEncoder,
-    CLIPTokenizer,
-    T5Config,
-    T5Encoder,
-    T5Tokenizer,
-    TextEncoder,
-    TokenizerError,
-)
-from vae import Autoencoder, VAEConfig
+from text_encoders import CLIPTokenizer, T5Tokenizer, TextEncoder, TokenizerError
 from weights import Checkpoint, CheckpointError, Component, Source, hub, open_checkpoint, published
 from weights.adapters import Adapters
 from weights.fingerprint import of_adapter, of_model, with_adapters
@@ -79,7 +66,8 @@ def load_parts(settings: Settings) -> Parts:
     wanted = [name for name in MODULES if name != "t5" or settings.t5 == "on"]
     checkpoint = open_model(settings, wanted)
     components = {"transformer": checkpoint.component("transformer")}
-    modules = {"transformer": build(components["transformer"])}
+    variant = None if settings.variant is None else variants.load(settings.variant)
+    modules = {"transformer": build(components["transformer"], variant)}
     defaults = default_settings(modules["transformer"].config)
     defaults |= check_defaults(checkpoint.defaults, str(checkpoint.path / "mmdit.json"))
     settings.resolved(defaults)
@@ -112,63 +100,10 @@ def load_parts(settings: Settings) -> Parts:
         width=modules["transformer"].config.context_size,
     )
     configs = {name: module.config for name, module in modules.items()}
-    fingerprint = of_model(components, configs, shift, folders)
+    made = variant_of(components["transformer"], variant)
+    fingerprint = of_model(components, configs, shift, folders, [made.file] if made.file else [])
     weights = with_adapters(fingerprint, [of_adapter(path) for path in planned])
     return Parts(networks, text, adapters, defaults, shift, device, dtype, fingerprint, weights)
-
-
-PUBLISHED: dict[str, Callable[..., dict[str, Any]]] = {
-    "clip_l": published.clip_config,
-    "clip_g": published.clip_config,
-    "t5": published.t5_config,
-    "transformer": published.transformer_config,
-    "vae": published.vae_config,
-}
-MODULES: dict[str, tuple[type[nn.Module], Any]] = {
-    "clip_l": (CLIPTextEncoder, CLIPConfig),
-    "clip_g": (CLIPTextEncoder, CLIPConfig),
-    "t5": (T5Encoder, T5Config),
-    "transformer": (MMDiT, MMDiTConfig),
-    "vae": (Autoencoder, VAEConfig),
-}
-
-
-def build(component: Component) -> Any:
-    """The component's module without values; its config from config.json, else from the tensors' shapes."""
-    module, config = MODULES[component.name]
-    try:
-        if component.config:
-            check_types(component.config, PUBLISHED[component.name](component.shapes), component.name)
-        values = config.from_json(component.config) if component.config else config.from_shapes(component.shapes)
-        if component.name == "clip_g" and values.projection_dim is None:  # its pooled vector would be another one
-            raise KeyError("text_projection.weight")
-        layers = max(getattr(values, name, 0) for name in ("depth", "num_layers", "layers_per_block"))
-        layers *= len(getattr(values, "block_out_channels", "1"))
-        if layers > len(component.shapes):  # before a module is made for each of them
-            raise ValueError(f"{layers} layers of {len(component.shapes)} tensors")
-        return on_meta(module, values)
-    except KeyError as missing:
-        name = component.spelled(missing.args[0], component.shapes)
-        raise CheckpointError(f"{component.path}: {component.name} lacks {name}") from None
-    except (ValueError, TypeError, IndexError, ArithmeticError, RuntimeError) as error:
-        raise CheckpointError(f"{component.path}: {component.name}: sizes without sense: {error}") from None
-
-
-def check_types(config: Mapping[str, Any], usual: Mapping[str, Any], name: str) -> None:
-    """Raise ValueError where a value of the component's config.json is not of the type that published ones have."""
-    for key, value in config.items():
-        # diffusers writes null for its defaults, transformers does not.
-        if key in usual and usual[key] is not None and (value is not None or name not in ("transformer", "vae")):
-            like = usual[key] if isinstance(usual[key], list) else [usual[key]]
-            found = value if isinstance(value, list) and isinstance(usual[key], list) else [value]
-            if not all(alike(one, like[0]) for one in found):
-                raise ValueError(f"{key} is {value!r:.60}, usual is {usual[key]!r}")
-
-
-def alike(value: Any, usual: Any) -> bool:
-    if isinstance(usual, float):
-        return type(value) in (int, float) and abs(value) < 1e9  # which neither NaN nor infinity is
-    return type(value) is type(usual) and (type(value) is not int or 0 <= value < 1 << 31)
 
 
 def shift_of(checkpoint: Checkpoint) -> float:

@@ -61,6 +61,13 @@ class ModelOptions:
         metavar="FILE|FOLDER[:SCALE]",
         check=_check_lora,
     )
+    variant: str | None = option(
+        None,
+        "the file or module that registers another architecture (mmdit/variants.py)",
+        Mark.LOADED,
+        Mark.PATH,
+        metavar="FILE|MODULE",
+    )
     weights: str | None = option(None, "a hash of what these files hold", Mark.FOUND)
 
 

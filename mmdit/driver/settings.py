@@ -1,6 +1,7 @@
 """The settings of a picture: the options of all rooms together, for command line, Python and metadata alike."""
 
 import difflib
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -90,7 +91,7 @@ def check_size(settings: Settings, config: MMDiTConfig, downscale: int) -> None:
     downscale: picture pixels per latent cell along a side.
     """
     multiple = config.patch_size * downscale
-    largest = config.pos_embed_max_size * multiple
+    largest = math.inf if config.largest is None else config.largest * multiple
     for name in ("width", "height"):
         side = getattr(settings, name)
         if side is None:

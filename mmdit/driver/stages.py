@@ -84,8 +84,9 @@ class Stages:
         """What settings, all filled in, ask of the memory. more: fields of a Job that they do not tell."""
         assert s.width and s.height and s.steps and s.t5_length
         config, cell = self.transformer.config, self.vae.config.downscale
-        largest = config.pos_embed_max_size * config.patch_size  # a default may be more than the model can do
-        rows, columns = (min(side // cell, largest) for side in (s.height, s.width))
+        rows, columns = s.height // cell, s.width // cell
+        if config.largest is not None:  # a default may be more than the model can do
+            rows, columns = (min(side, config.largest * config.patch_size) for side in (rows, columns))
         t5_length = 0 if s.t5 == "omit" else s.t5_length
         job = Job(rows, columns, s.count, s.steps, 1 if s.cfg == 1 else 2, t5_length)
         return job._replace(attention=s.attention, memory=s.memory, **more)

@@ -35,7 +35,7 @@ class Costs:
         apart = {n for unit in network.apart(mode, kept) for n in unit.names}
         if self._device.type != "cpu":
             apart.update(network.layout.tables)
-        return network.cost(*(n for n in network.source.shapes if n not in apart))
+        return network.cost(*(n for n in network.names if n not in apart))
 
     def staying(self, modes: Mapping[str, Mode]) -> int:
         """Bytes of the weights that are on the device for good."""
@@ -43,7 +43,7 @@ class Costs:
 
     def size(self, name: str) -> int:
         """Bytes of all weights of a network, wherever they lie."""
-        return sum(map(self._networks[name].source.nbytes, self._networks[name].source.shapes))
+        return sum(map(self._networks[name].source.nbytes, self._networks[name].names))
 
     def adapted(self) -> int:
         """Bytes of weights under adapters that are the device's: they lie on the host, whatever the plan."""

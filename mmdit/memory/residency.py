@@ -82,6 +82,8 @@ class Network:
         self.role = ROLES[name]
         self.before, self.blocks = units(module, self.layout)
         self._empty = module.state_dict(keep_vars=True)
+        seen: set[int] = set()  # a module may stand in several places: its tensors have the first of their names
+        self.names = [n for n, t in self._empty.items() if not (id(t) in seen or seen.add(id(t)))]
         self._owners = {name: module.get_submodule(name.rpartition(".")[0]) for name in self._empty}
         self._versions = {name: tensor._version for name, tensor in self._empty.items()}
         self.here = self.editable = False
@@ -110,7 +112,7 @@ class Network:
     def _bring(self, progress: Callable[[int], object]) -> None:
         apart = self.apart(self.mode, self.kept)
         later = {name for unit in apart for name in unit.names}
-        for name in self.source.shapes:
+        for name in self.names:
             if name not in later:
                 self._bind(name, self._placed(name))
                 progress(self.source.nbytes(name))
@@ -125,7 +127,8 @@ class Network:
         self.mode = Mode.RESIDENT
         self.enter()
         for name, tensor in self.module.state_dict().items():
-            self._bind(name, tensor.to(self.device, copy=True))
+            if name in self.names:
+                self._bind(name, tensor.to(self.device, copy=True))
         self.editable = True
 
     def _check_unchanged(self) -> None:
@@ -150,7 +153,7 @@ class Network:
         for stream in self._streams:
             stream.close()
         self._streams.clear()
-        for name in self.source.shapes:
+        for name in self.names:
             self._bind(name, None)
         self.here = False
         give_back(self.device)
@@ -275,9 +278,7 @@ class Residency:
                     network.pages.drop()
                 network.mode, network.kept = mode, blocks
         stay = [network for name, network in self.networks.items() if modes[name] is Mode.RESIDENT]
-        size = sum(
-            network.source.nbytes(name) for network in stay for name in network.source.shapes if not network.here
-        )
+        size = sum(network.source.nbytes(name) for network in stay for name in network.names if not network.here)
         if size:
             try:
                 with tqdm(total=size, desc="load", unit="B", unit_scale=True, disable=None, leave=False) as bar:

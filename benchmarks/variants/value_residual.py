@@ -1,0 +1,36 @@
+"""Value residual (Zhou et al. 2024, arXiv 2410.17897): every joint attention's values are mixed with the first block's."""
+
+import torch
+from torch import Tensor, nn
+
+from mmdit.model import MMDiT, SelfAttention, Tokens
+from mmdit.variants import variant
+
+
+class MixedAttention(SelfAttention):
+    first: "list[Tensor]"  # the first block's values, of this evaluation; it is the same list in all blocks
+    index: int
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> Tensor:
+        if self.index == 0:
+            self.first[:] = [v]
+        else:
+            v = torch.lerp(v, self.first[0], self.mix.to(v))
+        return super().attend(q, k, v, tokens)
+
+
+@variant("value_residual")
+class ValueResidual(MMDiT):
+    def __init__(self, config) -> None:
+        super().__init__(config)
+        first: list[Tensor] = []
+        for i, block in enumerate(self.joint_blocks):
+            attn = block.x_block.attn
+            attn.__class__, attn.index, attn.first = MixedAttention, i, first
+            if i:
+                attn.mix = nn.Parameter(torch.zeros(()))
+
+    def flow(self, *given) -> Tensor:
+        velocity = super().flow(*given)
+        self.joint_blocks[0].x_block.attn.first.clear()
+        return velocity

@@ -1,0 +1,122 @@
+"""Other architectures than the published one, each in a file of its own that registers it under a name.
+
+    # rope.py
+    @dataclass(frozen=True)
+    class Config(MMDiTConfig):
+        base: float = 10000.0              # what the published model has no number for
+
+    @variant("rope", Config)
+    class Rope(MMDiT):                     # a subclass, or a function that changes a built model
+        ...
+
+`--variant rope.py` draws with it, `Pipeline.load(..., variant="rope.py")` likewise, and a dotted module serves as well.
+A saved model's config.json has the name and all numbers. Opening a model runs none of its code: a variant is known only
+where its file was named, or imported.
+"""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from mmdit.common.errors import SettingsError, one_line
+from mmdit.config import MMDiTConfig
+from mmdit.model import MMDiT
+
+Made = TypeVar("Made", bound=Callable[..., Any])
+
+
+class Variant(NamedTuple):
+    """An architecture: its numbers, and how a model is made of them."""
+
+    name: str
+    config: type[MMDiTConfig]
+    make: Callable[..., Any]  # of a config a model, or of a built model None or another
+    module: str  # that it was registered in
+    file: Path | None
+
+    def build(self, config: MMDiTConfig) -> MMDiT:
+        """The model, without values where the default device is "meta"; its name is its attribute `variant`."""
+        if isinstance(self.make, type):
+            model = self.make(config)
+        else:
+            model = MMDiT(config)
+            model = self.make(model) or model
+        vars(model)["variant"] = self.name
+        return model
+
+
+PLAIN = Variant("", MMDiTConfig, MMDiT, "mmdit.model", None)
+_known: dict[str, Variant] = {}
+
+
+def variant(name: str, config: type[MMDiTConfig] = MMDiTConfig) -> Callable[[Made], Made]:
+    """Register the class or function that follows under a name; the last of a name counts."""
+
+    def register(make: Made) -> Made:
+        file = getattr(sys.modules.get(make.__module__), "__file__", None)
+        _known[name] = Variant(name, config, make, make.__module__, file and Path(file))
+        return make
+
+    return register
+
+
+def known(name: str) -> Variant | None:
+    """The variant of this name, if it was registered in this process."""
+    return _known.get(name)
+
+
+def load(text: str) -> Variant:
+    """The one variant that a file, `NAME.py`, or a dotted module registers.
+
+    Runs it. Raises SettingsError where there is none, or more than one, or its code fails.
+    """
+    path = Path(text).expanduser()
+    try:
+        name = _run(path) if text.endswith(".py") else importlib.import_module(text).__name__
+    except ModuleNotFoundError as error:
+        if error.name != text.split(".")[0] and error.name != text:
+            raise _failed(text, error) from error
+        raise SettingsError(f"variant: no module {text}: expected a file NAME.py or a module's dotted name") from None
+    except Exception as error:
+        raise _failed(text, error) from error
+    found = [v for v in _known.values() if v.module == name]
+    if len(found) != 1:
+        what = f"registers {', '.join(v.name for v in found)}: expected one" if found else "registers no variant"
+        raise SettingsError(f"variant: {text} {what}; one stands under @variant(NAME) of mmdit.variants")
+    return found[0]
+
+
+def _run(path: Path) -> str:
+    """Run a file as a module of its own; returns the module's name."""
+    if not path.is_file():
+        raise SettingsError(f"variant: {path}: no such file")
+    name = f"variant_{path.resolve()}"
+    for old in [key for key, v in _known.items() if v.module == name]:
+        del _known[old]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return name
+
+
+def _failed(text: str, error: Exception) -> SettingsError:
+    if isinstance(error, SettingsError):
+        return error
+    trace, line = error.__traceback__, getattr(error, "lineno", None)
+    while trace is not None:
+        if text in (trace.tb_frame.f_code.co_filename, trace.tb_frame.f_globals.get("__name__")):
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    where = f", line {line}" if line else ""
+    return SettingsError(one_line(f"variant: {text}{where}: {type(error).__name__}: {error}"))
+
+
+def config_json(model: MMDiT) -> dict[str, Any]:
+    """What a model's config.json has to say so that it is built alike: diffusers' names, the variant's, its numbers."""
+    name = getattr(model, "variant", "")
+    own = {"_class_name": "MMDiT", "variant": name} if name else {"_class_name": "SD3Transformer2DModel"}
+    return own | model.config.to_json()
