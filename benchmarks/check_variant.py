@@ -36,7 +36,7 @@ from weights import published
 EXACT, ROUNDED = 1e-5, 0.05  # relative errors: of float32, of 8 bits and bfloat16
 
 
-class Failure(AssertionError):
+class WrongError(AssertionError):
     """What is wrong, in a line."""
 
 
@@ -60,14 +60,14 @@ def inputs(model: MMDiT, batch: int = 2, rows: int = 8, columns: int = 12) -> tu
 
 def error(found: Tensor, expected: Tensor) -> float:
     if found.shape != expected.shape:
-        raise Failure(f"shape {list(found.shape)}, expected {list(expected.shape)}")
+        raise WrongError(f"shape {list(found.shape)}, expected {list(expected.shape)}")
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
 def near(found: Tensor, expected: Tensor, most: float) -> str:
     e = error(found, expected)
     if not e <= most:
-        raise Failure(f"relative error {e:.2g}, at most {most:g} is allowed")
+        raise WrongError(f"relative error {e:.2g}, at most {most:g} is allowed")
     return f"relative error {e:.1g}"
 
 
@@ -91,11 +91,11 @@ def gradients(variant: Variant) -> str:
     silent = [n for n, p in model.named_parameters() if p.grad is None or not bool(p.grad.abs().sum() > 0)]
     broken = [n for n, p in model.named_parameters() if p.grad is not None and not bool(p.grad.isfinite().all())]
     if broken:
-        raise Failure(f"gradients that are not finite: {', '.join(broken[:3])}")
+        raise WrongError(f"gradients that are not finite: {', '.join(broken[:3])}")
     last = f"joint_blocks.{model.config.depth - 1}.context_block"  # whose queries nothing asks
     silent = [n for n in silent if not (n.startswith(last) and ("ln_q" in n or "qkv" in n))]
     if silent:
-        raise Failure(f"no gradient reaches {', '.join(silent[:3])}{', ...' if silent[3:] else ''}")
+        raise WrongError(f"no gradient reaches {', '.join(silent[:3])}{', ...' if silent[3:] else ''}")
     return f"reach all of {len(list(model.parameters()))} parameters"
 
 
@@ -124,7 +124,7 @@ def sizes(variant: Variant) -> str:
     model = built(variant)
     for rows, columns in ((2, 2), (6, 14), (16, 16)):
         if not bool(model(*inputs(model, 1, rows, columns)).isfinite().all()):
-            raise Failure(f"NaN or infinity at {rows}x{columns}")
+            raise WrongError(f"NaN or infinity at {rows}x{columns}")
     return "2x2 to 16x16 cells of a latent"
 
 
@@ -172,7 +172,7 @@ def memory(variant: Variant, folder: Path) -> str:
 
     metered = peak_bytes(run)
     if not 0.9 <= predicted / metered <= 1.1:
-        raise Failure(f"{predicted / 1e6:.2f} MB predicted, {metered / 1e6:.2f} MB metered")
+        raise WrongError(f"{predicted / 1e6:.2f} MB predicted, {metered / 1e6:.2f} MB metered")
     return f"{predicted / 1e6:.2f} MB predicted, {metered / 1e6:.2f} MB metered"
 
 
@@ -182,10 +182,10 @@ def saved(variant: Variant, folder: Path) -> str:
     pipe = Pipeline.load(folder, variant=name_of(variant), dtype="fp32", t5="off", editable=True)
     found, expected = pipe.transformer.state_dict(), model.state_dict()
     if found.keys() != expected.keys():
-        raise Failure(f"other tensors: {', '.join(sorted(found.keys() ^ expected.keys())[:3])}")
+        raise WrongError(f"other tensors: {', '.join(sorted(found.keys() ^ expected.keys())[:3])}")
     wrong = [name for name in expected if not torch.equal(found[name], expected[name])]
     if wrong:
-        raise Failure(f"other values: {', '.join(wrong[:3])}")
+        raise WrongError(f"other values: {', '.join(wrong[:3])}")
     with torch.no_grad():
         return near(pipe.transformer(*inputs(model)), model(*inputs(model)), EXACT)
 
@@ -251,7 +251,7 @@ def checked(variant: Variant) -> Iterator[tuple[str, bool, str]]:
             try:
                 yield name, True, check(variant, folder) if needs_folder else check(variant)
             except Exception as failure:  # whatever a variant's code raises is what is to be told
-                kind = "" if isinstance(failure, Failure) else f"{type(failure).__name__}: "
+                kind = "" if isinstance(failure, WrongError) else f"{type(failure).__name__}: "
                 yield name, False, f"{kind}{' '.join(str(failure).split())[:300]}"
 
 

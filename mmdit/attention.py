@@ -17,7 +17,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmdit import cores
 
-
 Computation = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 Backend = str | Computation
 

@@ -9,8 +9,8 @@ names of the parameters, which are those of the published checkpoint: a key in a
 - The first blocks of SD3.5-Medium have a second attention among the image tokens alone (the X of MMDiT-X).
 - The last block reads the text once more but writes none: its `context_block` ends at the projection to q, k, v.
 
-`forward` is made of five methods: `grid`, `positions`, `embed_text`, `modulations`, `flow`. A sampler calls `forward` as
-a training does, and only remembers what these return (`mmdit.prepared`): what is changed in one is changed for both.
+`forward` is made of a few methods: `positions`, `embed_text`, `modulations`, `flow`. A sampler calls it as a training
+does, and only remembers what the first three return (`mmdit.prepared`): what is changed in one is changed for both.
 Every module is called as a module, so that hooks see it. Memory plans, compilation, adapters and quantisation are
 functions applied to a built model, in files of their own.
 

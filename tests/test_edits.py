@@ -4,6 +4,7 @@ The truth is the edited model called as in training: `transformer(latent, sigma,
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from types import MethodType
 from typing import Any
 
@@ -46,7 +47,7 @@ def by_hand(pipe: Pipeline) -> Tensor:
     x, sigmas = pipe.noise(64, 64, [5]), shifted_sigmas(2, pipe.shift)
     pipe.residency.use("transformer")
     with torch.no_grad():
-        for sigma, after in zip(sigmas, sigmas[1:]):
+        for sigma, after in pairwise(sigmas):
             cond, uncond = pipe.transformer(x.expand(2, -1, -1, -1), sigma.expand(2), context, pooled).split(1)
             x = x + (after - sigma) * (uncond + defaults.cfg * (cond - uncond))
     return x

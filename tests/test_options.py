@@ -166,8 +166,9 @@ def test_its_value_is_checked(given: dict[str, Any], message: str) -> None:
 OTHER = {
     "prompt": "x", "negative": "y", "width": 32, "height": 32, "seed": 1, "count": 2, "steps": 3, "cfg": 2.0,
     "cfg_interval": "0.2:0.9", "t5": "off", "t5_length": 77, "model": "m", "clip_l": "l", "clip_g": "g", "t5xxl": "t",
-    "vae": "v", "tokenizers": "k", "lora": ("a:0.5",), "variant": "a.py", "weights": "w", "device": "cpu", "dtype": "fp32",
-    "quantise": "int8", "attention": "math", "compile": True, "memory": "1GB", "out": "o", "prompts": "p", "dump": "d",
+    "vae": "v", "tokenizers": "k", "lora": ("a:0.5",), "variant": "a.py", "weights": "w", "device": "cpu",
+    "dtype": "fp32", "quantise": "int8", "attention": "math", "compile": True, "memory": "1GB", "out": "o",
+    "prompts": "p", "dump": "d",
 }  # fmt: skip
 UNSEEN = {"count", "device", "memory", "out", "prompts", "dump"}
 IN_WEIGHTS = {"model", "clip_l", "clip_g", "t5xxl", "vae", "tokenizers", "variant"}  # by what they hold

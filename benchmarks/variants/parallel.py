@@ -1,4 +1,4 @@
-"""Attention and MLP side by side on the same norm (Wang & Komatsuzaki 2021, GPT-J; Chowdhery et al. 2022), in every block.
+"""Attention and MLP side by side on the same norm (Wang & Komatsuzaki 2021, GPT-J), in every block.
 
 The MLP's norm, its shift and scale go; the second attention stays where it was.
 """

@@ -1,4 +1,4 @@
-"""Registers (Darcet et al. 2023, arXiv 2309.16588): learned tokens beside the text, free to keep what no token needs."""
+"""Registers (Darcet et al. 2023, arXiv 2309.16588): learned tokens beside the text, to keep what they like."""
 
 from dataclasses import dataclass
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from mmdit.model import Modulations, MMDiT
+from mmdit.model import MMDiT, Modulations
 from mmdit.variants import variant
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdit.config import MMDiTConfig
-from mmdit.model import Block, JointBlock, MMDiT, Modulation, Modulations, Tokens
+from mmdit.model import Block, MMDiT, Modulation, Modulations, Tokens
 from mmdit.variants import variant
 
 
@@ -38,4 +38,3 @@ class SingleTail(MMDiT):
         super().__init__(config)
         for i in range(config.depth - config.single, config.depth):
             self.joint_blocks[i] = SingleBlock(config)
-        assert isinstance(self.joint_blocks[0], JointBlock)

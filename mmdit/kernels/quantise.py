@@ -38,7 +38,8 @@ class QuantisedLinear(nn.Module):
 def quantised(model: nn.Module, kind: str) -> nn.Module:
     """Give the blocks of a transformer, on "meta", layers for 8-bit matrices, in place.
 
-    What is used before the loop is left out, and linear layers with a forward of their own. kind: of FORMATS. Returns the model.
+    What is used before the loop is left out, and linear layers with a forward of their own. kind: of FORMATS.
+    Returns the model.
     """
     layout: Layout = model.layout  # pyright: ignore[reportAssignmentType]
     before = re.compile(rf"(?:{layout.before})\..+" if layout.before else r"(?!)")

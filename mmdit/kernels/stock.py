@@ -17,7 +17,9 @@ def same_code(function: Callable[..., Any], plain: Callable[..., Any]) -> bool:
     one, other = getattr(function, "__code__", None), getattr(plain, "__code__", None)
     if one is None or other is None:
         return False
-    return all(getattr(one, name) == getattr(other, name) for name in ("co_code", "co_consts", "co_names", "co_argcount"))
+    return all(
+        getattr(one, name) == getattr(other, name) for name in ("co_code", "co_consts", "co_names", "co_argcount")
+    )
 
 
 def forward_is(module: nn.Module, plain: Callable[..., Any]) -> bool:
