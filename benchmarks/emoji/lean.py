@@ -38,8 +38,10 @@ class _Attention(torch.autograd.Function):
         return dq.view(b, h, -1, d), dk.view(b, h, -1, d), dv.view(b, h, -1, d)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, _: None) -> Tensor:
-    """As every backend of `mmdit.attention`."""
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """As every backend of `mmdit.attention`; with a bias, PyTorch's."""
+    if bias is not None:
+        return BACKENDS["sdpa"](q, k, v, bias)
     y = _Attention.apply(*(t.transpose(1, 2) for t in (q, k, v)))
     return y.transpose(1, 2)  # type: ignore[union-attr]
 
@@ -73,7 +75,7 @@ class _RMSNorm(torch.autograd.Function):
 def lean_norms(module: nn.Module) -> None:
     """Give every RMS norm inside `module` a forward and backward of few passes; same values within rounding."""
     for norm in module.modules():
-        if isinstance(norm, nn.RMSNorm):
+        if type(norm).forward is nn.RMSNorm.forward and isinstance(norm, nn.RMSNorm):
             setattr(norm, "forward", partial(_apply, norm))  # noqa: B010
 
 
