@@ -64,7 +64,8 @@ def interval(differences: np.ndarray) -> tuple[float, float, float]:
     means = [
         differences[rng.integers(seeds, size=seeds)][:, rng.integers(scenes, size=scenes)].mean() for _ in range(DRAWS)
     ]
-    return float(differences.mean()), *map(float, np.quantile(means, (0.025, 0.975)))
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(differences.mean()), float(low), float(high)
 
 
 # ---- running -------------------------------------------------------------------------------------
@@ -89,7 +90,10 @@ def train_all(jobs: Sequence[tuple[str, str, int]], args: argparse.Namespace) ->
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         with (folder / "train.txt").open("a") as file_:
             code = subprocess.run(line, stdout=file_, stderr=subprocess.STDOUT, env=environment, check=False).returncode
-        print(f"{name}, seed {seed}: {'trained' if code == 0 else f'exit code {code}, see {folder}/train.txt'}", flush=True)
+        print(
+            f"{name}, seed {seed}: {'trained' if code == 0 else f'exit code {code}, see {folder}/train.txt'}",
+            flush=True,
+        )
         return code == 0
 
     with ThreadPoolExecutor(args.at_once) as pool:
@@ -154,8 +158,8 @@ def table(runs: dict[str, list[Curve]]) -> str:
     units, every = ("step", "flops", "seconds"), [c for curves in runs.values() for c in curves]
     ends = {unit: min(c.lines[-1][unit] for c in every) for unit in units}
     rows = [
-        "| variant | numbers | GFLOP a sample | time of a step | loss | at equal steps | at equal FLOPs | at equal time | "
-        + " | ".join(JUDGED) + " |",
+        "| variant | numbers | GFLOP a sample | time of a step | loss | at equal steps | at equal FLOPs | "
+        f"at equal time | {' | '.join(JUDGED)} |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |" + " ---: |" * len(JUDGED),
     ]  # fmt: skip
     for name, curves in runs.items():
@@ -209,12 +213,16 @@ def curves_picture(runs: dict[str, list[Curve]], path: Path, size: tuple[int, in
 
 def main(arguments: Any = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("variants", nargs="+", help="`base`, files or modules; the first is what others are compared with")
+    parser.add_argument(
+        "variants", nargs="+", help="`base`, files or modules; the first is what others are compared with"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--budget", default="7min", help="of each run, as `train` takes it")
     parser.add_argument("--judged", type=int, default=100, help="scenes judged of each kind")
     parser.add_argument("--out", type=Path, default=Path("out/variants"))
-    parser.add_argument("--at-once", type=int, default=os.cpu_count() or 1, help="runs trained at a time, a thread each")
+    parser.add_argument(
+        "--at-once", type=int, default=os.cpu_count() or 1, help="runs trained at a time, a thread each"
+    )
     args, args.more = parser.parse_known_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
     known = {"base" if text == "base" else (v := variants.load(text)).name: (text, PLAIN if text == "base" else v)

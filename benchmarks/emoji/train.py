@@ -4,11 +4,11 @@ It learns the demo's scenes from the demo's own latents and text encodings, whic
 as in `train_mmdit`: x = (1 - sigma) latent + sigma noise, the target is noise - latent, sigma is logit-normal.
 
 Two variants with one seed are a pair: parameters of one name and shape begin alike, and data, noise and what is left
-out depend on seed and step alone. The learning rate is constant and the weights judged are averaged, so that every point
-of a run may be compared with any of another. A run that was stopped and resumed is one that was never stopped.
+out depend on seed and step alone. The learning rate is constant and the weights judged are averaged, so that every
+point of a run may be compared with any of another. A run that was stopped and resumed is one that was never stopped.
 
 OUT/log.jsonl: a line for every measurement, with the held-out loss by noise level; OUT/heldout.npz: of every held-out
-scene; OUT/model: the averaged weights as a diffusers folder's transformer/; OUT/scenes.png: what it draws.
+scene; OUT/model: the averaged weights as a diffusers folder's transformer/.
 """
 
 import argparse
@@ -79,6 +79,11 @@ def config_of(variant: Variant, width: int, depth: int) -> Any:
     )
 
 
+def generator_of(*what: object) -> torch.Generator:
+    """Random numbers that depend on this alone; of a seed PyTorch's generator reads 32 bits."""
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(what).encode()).digest()[:4], "big"))
+
+
 @torch.no_grad()
 def initialise(model: MMDiT, seed: int) -> None:
     """Xavier weights, zero biases and gates; each parameter's numbers depend on its name, its shape and the seed.
@@ -86,8 +91,7 @@ def initialise(model: MMDiT, seed: int) -> None:
     What a variant adds of one dimension or none, and what it sets itself in tables, stays as its code made it.
     """
     for name, p in model.named_parameters():
-        number = int.from_bytes(hashlib.sha256(f"{seed} {name} {list(p.shape)}".encode()).digest()[:7], "big")
-        generator = torch.Generator().manual_seed(number)
+        generator = generator_of(seed, name, list(p.shape))
         if p.ndim > 1 and p[0].numel() > 1 and not ("adaLN" in name or "final_layer" in name or p.shape[0] == 1):
             nn.init.xavier_uniform_(p.flatten(1), generator=generator)
         elif p.ndim > 1 and p.shape[0] == 1:
@@ -141,7 +145,7 @@ class Run:
 
     def sample(self, step: int, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Latents, noise, sigma, contexts and pooled vectors of a step, by seed and step alone."""
-        generator = torch.Generator().manual_seed((self.args.seed << 32) + step)
+        generator = generator_of(self.args.seed, step)
         rows = torch.randint(len(self.train), (count,), generator=generator)
         empty, without = (torch.rand(count, generator=generator) < p for p in (DROP_CAPTION, DROP_T5))
         sigma = torch.sigmoid(NOISE_MEAN + NOISE_SPREAD * torch.randn(count, generator=generator))
@@ -171,7 +175,7 @@ class Run:
 
     @torch.no_grad()
     def measure(self) -> np.ndarray:
-        """The averaged weights' loss of every held-out scene at every level, `(scenes, levels)`; always the same noise."""
+        """The averaged weights' loss of every held-out scene at every level, `(scenes, levels)`, by the same noise."""
         model, generator, held = self.averaged(), torch.Generator().manual_seed(0), self.held
         found = []
         for level in LEVELS:
@@ -204,11 +208,13 @@ class Run:
         """A line of the log, and the rest of what may be looked at while it trains."""
         self.losses[self.step] = self.measure()
         by_level = {str(level): round(float(x), 5) for level, x in zip(LEVELS, self.losses[self.step].mean(0))}
+        held_out = round(float(self.losses[self.step].mean()), 5)
         line = {"step": self.step, "seconds": round(self.spent, 1), "flops": self.step * self.flops,
-                "loss": round(loss, 5), "held_out": round(float(self.losses[self.step].mean()), 5), "by_level": by_level}  # fmt: skip
+                "loss": round(loss, 5), "held_out": held_out, "by_level": by_level}  # fmt: skip
         self.lines.append(line)
         (self.args.out / "log.jsonl").write_text("".join(json.dumps(each) + "\n" for each in self.lines))
-        np.savez(self.args.out / "heldout.npz", **{str(step): losses for step, losses in self.losses.items()})
+        held: dict[str, Any] = {str(step): losses for step, losses in self.losses.items()}
+        np.savez(self.args.out / "heldout.npz", **held)
         print(json.dumps(line), flush=True)
 
     def finish(self) -> None:
@@ -222,7 +228,9 @@ class Run:
         (self.args.out / "run.json").write_text(json.dumps(told, indent=1) + "\n")
 
 
-def velocity_loss(model: MMDiT, latents: Tensor, noise: Tensor, sigma: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
+def velocity_loss(
+    model: MMDiT, latents: Tensor, noise: Tensor, sigma: Tensor, context: Tensor, pooled: Tensor
+) -> Tensor:
     """Of each sample `(B,)`, in float32."""
     dtype = next(model.parameters()).dtype
     x = torch.lerp(latents, noise, sigma[:, None, None, None]).to(dtype)

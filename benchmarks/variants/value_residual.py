@@ -1,4 +1,4 @@
-"""Value residual (Zhou et al. 2024, arXiv 2410.17897): values of all joint attentions are mixed with the first one's."""
+"""Value residual (Zhou et al. 2024, arXiv 2410.17897): every joint attention mixes its values with the first one's."""
 
 import torch
 from torch import Tensor, nn

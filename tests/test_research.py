@@ -1,0 +1,239 @@
+"""Training and comparing variants: pairs, resumed runs, measurements, tables; tiny, on random latents."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from benchmarks.emoji import compare, train
+from benchmarks.emoji.compare import Curve, interval, table
+from benchmarks.emoji.networks import MMDIT
+from benchmarks.emoji.train import Budget, Run, config_of, initialise, parser_of
+from mmdit import variants
+from mmdit.variants import PLAIN
+
+TINY = ["--width", "64", "--depth", "2", "--batch", "4", "--scenes", "400", "--size", "16", "--dtype", "float32"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In the place of encoded scenes, numbers of their shapes."""
+    folder, g = tmp_path_factory.mktemp("data"), torch.Generator().manual_seed(0)
+    shapes = {"latents": (400, 16, 2, 4), "context": (400, 6, MMDIT.context_size), "pooled": (400, MMDIT.pooled_size),
+              "empty_context": (1, 6, MMDIT.context_size), "empty_pooled": (1, MMDIT.pooled_size)}  # fmt: skip
+    tensors = {name: torch.randn(shape, generator=g).bfloat16() for name, shape in shapes.items()}
+    save_file(tensors | {"clip": torch.tensor(3)}, folder / "scenes-16-400.safetensors")
+    return folder
+
+
+def run_of(out: Path, scenes: Path, *more: str, variant: Any = PLAIN) -> Run:
+    args = parser_of().parse_args([*TINY, "--out", str(out), "--data", str(scenes), *more])
+    args.device = "cpu"
+    out.mkdir(exist_ok=True, parents=True)
+    return Run(variant, args)
+
+
+@pytest.fixture(autouse=True)
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "EVERY", 4)
+
+
+@pytest.mark.parametrize(("text", "unit", "amount"), [
+    ("20min", "seconds", 1200), ("steps:3000", "steps", 3000), ("flops:1e15", "flops", 1e15),
+])  # fmt: skip
+def test_budgets(text: str, unit: str, amount: float) -> None:
+    assert Budget.read(text) == (found := Budget(unit, amount)) and found.amount > 0
+
+
+@pytest.mark.parametrize("text", ["", "min", "20", "steps:", "steps:-1", "hours:3", "flops:x", "0min"])
+def test_a_budget_that_is_none_ends_in_a_line(text: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as end:
+        train.main(["--budget", text])
+    assert end.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith("expected 20min, steps:3000 or flops:1e15")
+
+
+def test_stopped_and_resumed_equals_never_stopped(tmp_path: Path, scenes: Path) -> None:
+    """Bit for bit, the log but for its times included; the signal comes in the middle."""
+    whole, parts = run_of(tmp_path / "a", scenes), run_of(tmp_path / "b", scenes)
+    assert train.train(whole, Budget("steps", 11))
+    update, steps = parts.update, []
+
+    def interrupted() -> float:
+        steps.append(parts.step)
+        if len(steps) == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update()
+
+    parts.update = interrupted
+    assert not train.train(parts, Budget("steps", 11))
+    assert parts.step == 6
+    again = run_of(tmp_path / "b", scenes)
+    assert again.step == 6 and train.train(again, Budget("steps", 11))
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], value), name
+        assert torch.equal(again.average.state()[name], whole.average.state()[name]), name
+    assert whole.losses.keys() == again.losses.keys() == {4, 8, 11}
+    assert all(np.array_equal(whole.losses[n], again.losses[n]) for n in whole.losses)
+    logs = [[json.loads(line) for line in (tmp_path / x / "log.jsonl").read_text().splitlines()] for x in "ab"]
+    same = ("step", "flops", "held_out", "by_level")
+    assert [[line[key] for key in same] for line in logs[0]] == [[line[key] for key in same] for line in logs[1]]
+
+
+def test_variants_of_one_seed_are_a_pair() -> None:
+    """Parameters that both have begin alike, whatever else there is; another seed is another beginning."""
+    rope, swiglu = (variants.load(f"benchmarks.variants.{name}") for name in ("rope", "swiglu"))
+    states = []
+    for variant, seed in ((PLAIN, 1), (rope, 1), (swiglu, 1), (PLAIN, 2)):
+        model = variant.build(config_of(variant, 64, 3))
+        initialise(model, seed)
+        states.append(model.state_dict())
+    base, of_rope, of_swiglu, other = states
+    assert all(torch.equal(base[name], of_rope[name]) for name in of_rope)
+    shared = [name for name in base if name in of_swiglu and base[name].shape == of_swiglu[name].shape]
+    assert len(shared) > 30
+    assert all(torch.equal(base[name], of_swiglu[name]) for name in shared)
+    assert not torch.equal(base["x_embedder.proj.weight"], other["x_embedder.proj.weight"])
+
+
+def test_what_a_step_sees_depends_on_seed_and_step_alone(tmp_path: Path, scenes: Path) -> None:
+    one, two = run_of(tmp_path / "a", scenes), run_of(tmp_path / "b", scenes, "--width", "128")
+    torch.manual_seed(5)
+    for step in (0, 3, 100):
+        assert all(torch.equal(a, b) for a, b in zip(one.sample(step, 4), two.sample(step, 4)))
+    assert not torch.equal(one.sample(3, 4)[1], one.sample(4, 4)[1])
+    assert not torch.equal(one.sample(3, 4)[1], run_of(tmp_path / "c", scenes, "--seed", "2").sample(3, 4)[1])
+
+
+def test_losses_are_those_of_the_formula(tmp_path: Path, scenes: Path) -> None:
+    """x = (1 - sigma) latent + sigma noise; target noise - latent; the mean of its square, written out."""
+    run = run_of(tmp_path / "a", scenes)
+    with torch.no_grad():
+        for p in run.model.parameters():
+            p.add_(0.1)
+        latents, noise, sigma, context, pooled = run.sample(0, 4)
+        found = train.velocity_loss(run.model, latents, noise, sigma, context, pooled)
+        for i in range(4):
+            x = (1 - sigma[i]) * latents[i] + sigma[i] * noise[i]
+            v = run.model(x[None], sigma[i : i + 1], context[i : i + 1].float(), pooled[i : i + 1].float())[0]
+            assert float(found[i]) == pytest.approx(float((v - (noise[i] - latents[i])).pow(2).mean()), rel=1e-4)
+
+
+def test_what_is_left_out_is_left_out(tmp_path: Path, scenes: Path) -> None:
+    held = run_of(tmp_path / "a", scenes).held
+    rows, yes, no = torch.tensor([3, 3, 3]), torch.tensor([False, True, False]), torch.tensor([False, False, True])
+    before = held.context.clone()
+    latents, context, pooled = held.batch(rows, yes, no)
+    assert torch.equal(latents, held.latents[rows]) and torch.equal(held.context, before)
+    assert torch.equal(context[0], held.context[3]) and torch.equal(context[1], held.empty_context[0])
+    assert torch.equal(context[2, :3], held.context[3, :3]) and not context[2, 3:].any()
+    assert torch.equal(pooled[1], held.empty_pooled[0]) and torch.equal(pooled[2], held.pooled[3])
+
+
+def test_operations_are_those_of_the_products(tmp_path: Path, scenes: Path) -> None:
+    """Wider in every matrix by two is nearly four times as many; a batch twice as large, twice."""
+    narrow = run_of(tmp_path / "a", scenes).flops
+    wide = run_of(tmp_path / "b", scenes, "--width", "128").flops
+    assert 3 < wide / narrow < 4
+    assert run_of(tmp_path / "c", scenes, "--batch", "8").flops == 2 * narrow
+
+
+# ---- comparing -----------------------------------------------------------------------------------
+
+
+def curve(losses: list[float], seconds: float = 1.0, flops: float = 1.0, right: float = 0.5) -> Curve:
+    told = {
+        "parameters": 10,
+        "flops_a_step": flops,
+        "batch": 1,
+        "seconds": seconds * 10 * len(losses),
+        "steps": 10 * len(losses),
+    }
+    lines = [{"step": 10 * i, "seconds": 10 * i * seconds, "flops": 10 * i * flops} for i in range(1, len(losses) + 1)]
+    noise = np.random.default_rng(0).normal(size=50)
+    kinds = {kind: [i < right * 20 for i in range(20)] for kind in compare.JUDGED}
+    return Curve(told, lines, np.stack([loss + 0.01 * noise for loss in losses]), kinds)
+
+
+def test_base_against_base_is_exactly_nothing() -> None:
+    base = [curve([3, 2, 1]), curve([3.1, 2.2, 1.4])]
+    row = table({"base": base, "again": list(base)}).splitlines()[-1].split(" | ")
+    assert row[5:8] == ["0", "0", "0"]
+    assert all("(0)" in cell for cell in row[8:])
+
+
+def test_equal_steps_operations_and_time_differ() -> None:
+    """One that gains 0.5 a step and takes twice as long: at equal time it has half the steps, and is no better."""
+    slow = {"base": [curve([3, 2, 1])] * 2, "slow": [curve([2.5, 1.5, 0.5], seconds=2.0, flops=1.5)] * 2}
+    row = table(slow).splitlines()[-1].split(" | ")
+    assert row[3] == "2.00"
+    found = [float(cell.split()[0]) for cell in row[5:8]]
+    assert found == [-0.5, pytest.approx(0.5), pytest.approx(1.0)]  # at step 30; at 30 flops; at 30 seconds
+
+
+def test_between_two_measurements_a_loss_lies_on_a_line() -> None:
+    c = curve([3, 2, 1])
+    assert [round(float((c.at("step", n) - c.losses[0]).mean()), 6) for n in (0, 10, 15, 30, 99)] == [
+        0,
+        0,
+        -0.5,
+        -2,
+        -2,
+    ]
+
+
+def test_intervals_cover_the_truth_and_shrink() -> None:
+    rng, inside = np.random.default_rng(1), 0
+    for _ in range(60):
+        mean, low, high = interval(0.3 + rng.normal(size=(3, 40)))
+        inside += low <= 0.3 <= high
+        assert low <= mean <= high
+    assert inside >= 48
+    wide, narrow = (interval(rng.normal(size=(3, n)))[2] - interval(rng.normal(size=(3, n)))[1] for n in (20, 2000))
+    assert narrow < wide
+
+
+@pytest.mark.parametrize("damage", ["train.txt"])
+def test_a_comparison_trains_what_is_missing_only(
+    damage: str, tmp_path: Path, scenes: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """From the command line to the table, with pictures judged by a stand-in; the second call trains nothing."""
+    (tmp_path / "scenes-16-400.safetensors").write_bytes((scenes / "scenes-16-400.safetensors").read_bytes())
+    monkeypatch.setattr(compare, "draw", lambda *given: np.zeros((len(given[2]), 8, 8, 3), np.uint8))
+    monkeypatch.setattr(compare, "judge", lambda *_: None)
+    monkeypatch.setattr(compare, "KINDS", dict.fromkeys(compare.JUDGED, Kind))
+    line = [
+        "base",
+        "benchmarks.variants.registers",
+        "--seeds",
+        "1",
+        "--budget",
+        "steps:5",
+        "--judged",
+        "4",
+        "--out",
+        str(tmp_path),
+        *TINY,
+    ]
+    assert compare.main(line) == 0
+    assert "| registers |" in (tmp_path / "table.md").read_text()
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+    times = [(tmp_path / f"{name}-1" / damage).stat().st_mtime_ns for name in ("base", "registers")]
+    capsys.readouterr()
+    assert compare.main(line) == 0
+    assert times == [(tmp_path / f"{name}-1" / damage).stat().st_mtime_ns for name in ("base", "registers")]
+    assert "trained" not in capsys.readouterr().out
+
+
+class Kind:
+    scene: dict[str, Any] = {"count": 1}  # noqa: RUF012
+
+    @staticmethod
+    def right(*_: object) -> bool:
+        return True
