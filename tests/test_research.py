@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.emoji import compare, train
+from benchmarks.emoji.beginning import config_of, initialise, weights_of
 from benchmarks.emoji.compare import Curve, interval, table
 from benchmarks.emoji.networks import MMDIT
-from benchmarks.emoji.train import Budget, Run, config_of, initialise, parser_of
+from benchmarks.emoji.train import Budget, Run, parser_of
 from mmdit import variants
 from mmdit.variants import PLAIN
 
@@ -142,6 +143,19 @@ def test_operations_are_those_of_the_products(tmp_path: Path, scenes: Path) -> N
     wide = run_of(tmp_path / "b", scenes, "--width", "128").flops
     assert 3 < wide / narrow < 4
     assert run_of(tmp_path / "c", scenes, "--batch", "8").flops == 2 * narrow
+
+
+def test_a_run_begins_with_another_ones_weights(tmp_path: Path, scenes: Path, capsys: pytest.CaptureFixture) -> None:
+    train.train(run_of(tmp_path / "a", scenes), Budget("steps", 3))
+    registers = variants.load("benchmarks.variants.registers")
+    run = run_of(tmp_path / "b", scenes, "--init", str(tmp_path / "a"), variant=registers)
+    assert "1 new\nnew: registers" in capsys.readouterr().out
+    state = weights_of(tmp_path / "a")
+    assert all(torch.equal(run.model.state_dict()[name], tensor) for name, tensor in state.items())
+    line = [*TINY, "--data", str(scenes), "--out", str(tmp_path / "c"), "--init", str(tmp_path / "none")]
+    with pytest.raises(SystemExit) as end:
+        train.main(line)
+    assert end.value.code == 2 and "none" in capsys.readouterr().err.splitlines()[-1]
 
 
 # ---- comparing -----------------------------------------------------------------------------------

@@ -23,10 +23,10 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
 from benchmarks.emoji import data, train
+from benchmarks.emoji.beginning import config_of
 from benchmarks.emoji.evaluate import KINDS
 from benchmarks.emoji.judge import judge
 from benchmarks.emoji.scenes import random_scene
-from benchmarks.emoji.train import config_of
 from mmdit import Pipeline, variants
 from mmdit.driver.loading import DEMO
 from mmdit.prepared import Prepared

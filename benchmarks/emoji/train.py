@@ -12,7 +12,6 @@ scene; OUT/model: the averaged weights as a diffusers folder's transformer/.
 """
 
 import argparse
-import hashlib
 import json
 import signal
 import sys
@@ -24,20 +23,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.check_variant import save_transformer
 from benchmarks.emoji import data
+from benchmarks.emoji.beginning import config_of, generator_of, initialise, weights_of
 from benchmarks.emoji.lean import lean_attention, lean_norms
-from benchmarks.emoji.networks import MMDIT, position_table
 from benchmarks.emoji.optimizer import Both
 from benchmarks.emoji.run_state import Average, number_format, save
 from benchmarks.emoji.train_mmdit import optimizer_of
 from mmdit import variants
 from mmdit.common.errors import SettingsError
 from mmdit.model import MMDiT
+from mmdit.upcycle import summary, upcycle
 from mmdit.variants import PLAIN, Variant
+from weights import CheckpointError
 
 DROP_CAPTION, DROP_T5 = 0.1, 0.15
 NOISE_MEAN, NOISE_SPREAD = 0.0, 1.0  # of the logit of sigma
@@ -63,45 +64,6 @@ class Budget:
         return cls(name, float(amount) * (60 if text.endswith("min") else 1))
 
 
-def config_of(variant: Variant, width: int, depth: int) -> Any:
-    """The demo's numbers, narrower."""
-    dual = tuple(range((depth + 1) // 2))
-    return variant.config(
-        patch_size=MMDIT.patch_size,
-        in_channels=MMDIT.in_channels,
-        hidden_size=width,
-        depth=depth,
-        num_heads=max(1, width // 64),
-        pos_embed_max_size=MMDIT.pos_embed_max_size,
-        pooled_size=MMDIT.pooled_size,
-        context_size=MMDIT.context_size,
-        dual_attention_blocks=dual,
-    )
-
-
-def generator_of(*what: object) -> torch.Generator:
-    """Random numbers that depend on this alone; of a seed PyTorch's generator reads 32 bits."""
-    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(what).encode()).digest()[:4], "big"))
-
-
-@torch.no_grad()
-def initialise(model: MMDiT, seed: int) -> None:
-    """Xavier weights, zero biases and gates; each parameter's numbers depend on its name, its shape and the seed.
-
-    What a variant adds of one dimension or none, and what it sets itself in tables, stays as its code made it.
-    """
-    for name, p in model.named_parameters():
-        generator = generator_of(seed, name, list(p.shape))
-        if p.ndim > 1 and p[0].numel() > 1 and not ("adaLN" in name or "final_layer" in name or p.shape[0] == 1):
-            nn.init.xavier_uniform_(p.flatten(1), generator=generator)
-        elif p.ndim > 1 and p.shape[0] == 1:
-            nn.init.normal_(p, std=0.02, generator=generator)
-        elif p.ndim > 1 or name.endswith("bias"):
-            nn.init.zeros_(p)
-    if hasattr(model, "pos_embed"):
-        model.pos_embed.copy_(position_table(model.config.pos_embed_max_size, model.config.hidden_size))
-
-
 class Run:
     """A variant in training, with all that its checkpoint holds."""
 
@@ -112,6 +74,8 @@ class Run:
         self.train, self.held = data.load(data.provide(args.data, args.size, self.device, args.scenes), self.device)
         self.model = variant.build(config_of(variant, args.width, args.depth))
         initialise(self.model, args.seed)
+        if args.init and not self.path.exists():
+            print(summary(upcycle(self.model, weights_of(args.init))), flush=True)
         self.model.to(self.device)
         self.optimizer: Both = optimizer_of(self.model)
         self.average = Average(self.model, HORIZON)
@@ -269,6 +233,9 @@ def parser_of() -> argparse.ArgumentParser:
     parser.add_argument("--variant", metavar="FILE|MODULE", help="that registers it (default: the published model)")
     parser.add_argument("--budget", default="7min", help="20min, steps:3000 or flops:1e15 (default: 7min)")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--init", type=Path, metavar="FOLDER|FILE", help="begin with what fits of a model or a run's OUT"
+    )
     parser.add_argument("--out", type=Path, help="folder of the run (default: out/variants/NAME-SEED)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"))
@@ -298,7 +265,10 @@ def main(arguments: Any = None) -> int:
         torch.set_num_threads(args.threads)
     args.out = args.out or Path("out/variants") / f"{variant.name or 'base'}-{args.seed}"
     args.out.mkdir(parents=True, exist_ok=True)
-    return 0 if train(Run(variant, args), budget) else 130
+    try:
+        return 0 if train(Run(variant, args), budget) else 130
+    except CheckpointError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":
