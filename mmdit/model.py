@@ -127,7 +127,10 @@ class MMDiT(nn.Module):
         for block, modulation in zip(self.joint_blocks, modulations):
             x, context = block(x, context, tokens, *modulation)
 
-        x = self.final_layer(x, *modulations[-1])  # (B, N, patch² C)
+        return self.unpatch(self.final_layer(x, *modulations[-1]), rows, columns)
+
+    def unpatch(self, x: Tensor, rows: int, columns: int) -> Tensor:
+        """Image tokens of patches `(B, N, patch² C)` to a latent `(B, C, h, w)`."""
         patch = self.config.patch_size
         return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, w=columns, p=patch, q=patch)
 
