@@ -1,7 +1,7 @@
 """The transformer and the driver of an inference engine for Stable Diffusion 3.5 Medium.
 
-`from mmdit import Pipeline` loads the driver, and with it every part; the modules of the transformer alone
-(`mmdit.config`, `mmdit.model`) import nothing else of the project.
+`from mmdit import Pipeline` loads the driver, and with it every part; the transformer alone (`mmdit.model`) loads no
+tokenizer, autoencoder or weights.
 """
 
 from typing import TYPE_CHECKING, Any

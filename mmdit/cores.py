@@ -29,7 +29,8 @@ def available(device: torch.device, dtype: torch.dtype) -> bool:
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """As `mmdit.attention.attention`, to `(B, N, heads, head size)`, without gradients."""
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    with torch.inference_mode(False):  # other threads write into it, and that mode is a thread's own
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
     heads = iter([tuple(t[b, :, h] for t in (q, k, v, out)) for b in range(q.shape[0]) for h in range(q.shape[2])])
     threads = torch.get_num_threads()
     with rounded_products:

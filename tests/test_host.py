@@ -198,3 +198,15 @@ def test_a_gpu_has_a_number_from_the_start(monkeypatch: pytest.MonkeyPatch) -> N
     assert indexed(torch.device("cuda")) == torch.device("cuda", 3)
     assert indexed(torch.device("cuda", 1)) == torch.device("cuda", 1)
     assert (indexed(CPU), indexed(torch.device("mps"))) == (CPU, torch.device("mps", 0))
+
+
+def test_a_group_that_slows_its_processes_down_counts_as_a_limit(files: Files) -> None:
+    """systemd's MemoryHigh and what Kubernetes sets: beyond it a process waits for memory."""
+    files.system(900 * MB)
+    files.write("proc/self/cgroup", "0::/a\n")
+    files.second("a", "500000000", 100 * MB)
+    before = free_bytes(CPU)
+    files.write("sys/fs/cgroup/a/memory.high", f"{300 * MB}\n")
+    assert free_bytes(CPU) == 200 * MB + 100 * 1024 < before
+    files.write("sys/fs/cgroup/a/memory.high", "max\n")
+    assert free_bytes(CPU) == before

@@ -12,6 +12,7 @@ from played_gpu import Gpu
 from test_streaming import SLOW
 from torch import Tensor, nn
 
+from mmdit.common.layout import Layout
 from mmdit.memory import devices, paged
 from mmdit.memory.devices import locked_bytes
 from mmdit.memory.paged import Paged, Pages
@@ -26,6 +27,8 @@ EVERY = [f"joint_blocks.{i}.{k}.weight" for i in range(5) for k in (0, 1, 2)]
 
 class Blocks(nn.Module):
     """Five blocks of three matrices each, the last of which is smaller."""
+
+    layout = Layout(blocks="joint_blocks", loop=True)
 
     def __init__(self) -> None:
         super().__init__()

@@ -36,6 +36,75 @@ def test_a_stream_begins_anew_after_a_break() -> None:
     assert all(layer.weight is None for layer in layers)
 
 
+@pytest.mark.parametrize("block", range(5))
+@pytest.mark.parametrize("late", [False, True], ids=["before its weights are read", "after"])
+def test_a_break_in_any_layer_harms_nothing_on_a_gpu(block: int, late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next round's copies wait for what the broken one's layer may still read; nothing is waited for in vain."""
+    gpu = Gpu(10**9)
+    gpu.play(monkeypatch)
+    layers, breaks = Layers(monkeypatch), []
+    x = torch.randn(2, 8)
+    expected = layers.outputs(x)
+
+    def off(*_: object) -> None:
+        if breaks:
+            pytest.fail("broken off")
+
+    layer = layers.net[block]
+    if late:
+        layer.register_forward_hook(off)  # before the stream's own, so the layer is not left
+    stream = layers.stream(rounds=True, pages=Pages(GPU))
+    if not late:
+        layer.register_forward_pre_hook(off)
+    layers.outputs(x)
+    breaks.append(True)
+    with pytest.raises(pytest.fail.Exception):
+        layers.outputs(x)
+    breaks.clear()
+    for _ in range(2):
+        assert all(torch.equal(a, b) for a, b in zip(layers.outputs(x), expected))
+    stream.close()
+    assert not gpu.harm
+
+
+def test_what_failed_on_its_way_to_a_broken_round_is_not_the_next_ones_error() -> None:
+    """The third layer's weights cannot be read while the second runs; the next round begins with the first."""
+    net = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(3))).requires_grad_(False)
+    stored, fails = {name: tensor.clone() for name, tensor in net.state_dict().items()}, []
+
+    def source(name: str) -> Tensor:
+        if fails and name == "2.weight":
+            raise OSError("gone")
+        return stored[name]
+
+    def bind(name: str, tensor: Tensor | None) -> None:
+        net.get_submodule(name.split(".")[0])._parameters["weight"] = tensor  # type: ignore[assignment]
+
+    units, x = [streaming.Unit(layer, (f"{i}.weight",)) for i, layer in enumerate(net)], torch.randn(2, 4)
+    expected, given = net(x), source
+    stream = streaming.Stream(units, given, bind, torch.device("cpu"), rounds=True)  # type: ignore[arg-type]
+    fails.append(True)
+    handle = net[1].register_forward_pre_hook(lambda *_: pytest.fail("broken off"))
+    with pytest.raises(pytest.fail.Exception):
+        net(x)
+    handle.remove()
+    fails.clear()
+    assert torch.equal(net(x), expected)
+    stream.close()
+
+
+def test_weights_come_in_inference_mode_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is a thread's own: the thread that fills the memory is not in it."""
+    gpu = Gpu(10**9)
+    gpu.play(monkeypatch)
+    layers, x = Layers(monkeypatch), torch.randn(2, 8)
+    expected = layers.outputs(x)
+    stream = layers.stream(rounds=True, pages=Pages(GPU))
+    with torch.inference_mode():
+        assert all(torch.equal(a, b) for a, b in zip(layers.outputs(x), expected))
+    stream.close()
+
+
 def test_what_was_converted_goes_back_to_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
     """After every unit, the last of those that run once among them."""
     layers, done = Layers(monkeypatch), []

@@ -17,6 +17,7 @@ from toys import toy_folder
 
 from mmdit import cores
 from mmdit.driver.pipeline import Pipeline
+from mmdit.driver.stages import exact_convolutions
 from mmdit.kernels.process import Switch
 
 SIZES = [{"width": 96, "height": 64}, {"width": 64, "height": 96, "cfg": 1}, {"width": 48, "height": 48, "steps": 4}]
@@ -231,8 +232,11 @@ def test_the_users_flags_survive(model: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(cudnn, "allow_tf32", True)
     seen: list[tuple[bool, ...]] = []
 
+    def switched() -> bool:
+        return cudnn.conv.fp32_precision != "ieee" if hasattr(cudnn, "conv") else cudnn.allow_tf32
+
     def look(*_: object) -> None:
-        seen.append((cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic, cudnn.enabled))
+        seen.append((switched(), cudnn.benchmark, cudnn.deterministic, cudnn.enabled))
 
     hooks = [
         m.register_forward_pre_hook(look) for m in (pipeline.transformer.x_embedder.proj, pipeline.vae.decoder.conv_in)
@@ -244,6 +248,30 @@ def test_the_users_flags_survive(model: Path, monkeypatch: pytest.MonkeyPatch) -
     assert len(seen) >= 2
     assert set(seen) == {(False, True, True, True)}
     assert (cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic) == (True, True, True)
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="this PyTorch has no precision by operation")
+@pytest.mark.parametrize("before", ["tf32", "ieee", "none"])
+def test_convolutions_are_exact_by_the_newer_switch_too(before: str) -> None:
+    """Whichever the user set, of PyTorch's two switches, which refuse to be read together."""
+    conv = torch.backends.cudnn.conv
+    usual = conv.fp32_precision
+    try:
+        conv.fp32_precision = before
+        with exact_convolutions:
+            assert conv.fp32_precision == "ieee"
+        assert conv.fp32_precision == before
+    finally:
+        conv.fp32_precision = usual
+
+
+def test_pictures_are_drawn_in_inference_mode() -> None:
+    """Attention by cores has threads of its own, and that mode is a thread's own."""
+    q, k, v = draw((1, 70, 90, 2, 64), torch.bfloat16, "cpu")
+    expected = cores.attend(q, k, v)
+    with torch.inference_mode():
+        assert torch.equal(cores.attend(q, k, v), expected)
+        assert cores.attend(q.clone(), k.clone(), v.clone()).shape == q.shape
 
 
 @pytest.mark.skipif(not cores.available(torch.device("cpu"), torch.bfloat16), reason="needs bfloat16 in oneDNN")

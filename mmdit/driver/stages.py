@@ -248,7 +248,15 @@ class Stages:
         return NotFiniteError(f"{what}: NaN or infinity; {hint}")
 
 
+def _convolutions() -> tuple[Any, str, Any]:
+    """Who has the switch for the precision of cuDNN's convolutions, its name, and its value for float32."""
+    conv = getattr(torch.backends.cudnn, "conv", None)
+    if hasattr(conv, "fp32_precision"):
+        return conv, "fp32_precision", "ieee"
+    return torch.backends.cudnn, "allow_tf32", False  # before PyTorch 2.9
+
+
 # Float32 convolutions in float32: cuDNN would round their inputs to TF32.
 exact_convolutions = Switch(
-    lambda: torch.backends.cudnn.allow_tf32, lambda value: setattr(torch.backends.cudnn, "allow_tf32", value), False
+    lambda: getattr(*_convolutions()[:2]), lambda value: setattr(*_convolutions()[:2], value), _convolutions()[2]
 )

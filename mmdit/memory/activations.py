@@ -4,6 +4,7 @@ Encoding and denoising are measured by running the networks as they are, without
 bounds are arithmetic, as decoding is (`vae.memory`); they hold for the transformer as published.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -107,6 +108,9 @@ class Activations:
         rows, each = job.texts * batch, job.rows * job.columns // config.patch_size**2 + length  # tokens of a row
         numbers = rows * each * _UNITS * config.hidden_size + rows * length * config.context_size
         found = self._dtype.itemsize * numbers
+        source, shapes = self._networks[name].source, self._networks[name].shapes
+        if any(f"{tensor}_scale" in source.shapes for tensor in shapes):  # a matrix in 8 bits is turned back to be used
+            found += max(math.prod(shape) for shape in shapes.values()) * (_FLOAT32 + 2 * self._dtype.itemsize)
         if job.attention == "math":
             scores = _TABLES * config.num_heads * each
             found += max(_FLOAT32, self._dtype.itemsize) * rows * each * (scores + _EXACT * config.hidden_size)

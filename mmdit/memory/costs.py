@@ -15,6 +15,7 @@ from mmdit.memory.residency import Mode, Network, Role, of_role
 from mmdit.memory.streaming import Unit
 
 _WORKSPACE = {"cuda": 40_000_000, "cpu": 80_000_000}  # bytes that matrix products and their like take for themselves
+_THREAD = 15_000_000  # bytes of each of the CPU's threads beyond two, for the scores of a head
 
 
 class Costs:
@@ -55,7 +56,9 @@ class Costs:
         """Bytes that this process has on the device beside the model's weights, or will have."""
         here = {name: network for name, network in self._networks.items() if network.here}
         ours = sum(self.weights(name, network.mode, network.kept) for name, network in here.items()) + self.adapted()
-        return _WORKSPACE.get(self._device.type, 0) + max(0, taken_bytes(self._device) - ours)
+        ours += sum(self._passing(network, network.apart(network.mode, network.kept)) for network in here.values())
+        threads = max(0, torch.get_num_threads() - 2) if self._device.type == "cpu" else 0
+        return _WORKSPACE.get(self._device.type, 0) + _THREAD * threads + max(0, taken_bytes(self._device) - ours)
 
     # ---- stages ----------------------------------------------------------------------------------
 

@@ -14,15 +14,15 @@ class _Groups(NamedTuple):
     """Where a version of Linux's control groups keeps what it tells of memory."""
 
     folder: str
-    limit: str
+    limits: tuple[str, ...]  # beyond the first a process fails, beyond the second it is slowed down
     used: str
     cache: tuple[str, str]  # in memory.stat: bytes of files that the system drops where memory is wanted
 
 
-_SECOND = _Groups("sys/fs/cgroup", "memory.max", "memory.current", ("inactive_file", "active_file"))
+_SECOND = _Groups("sys/fs/cgroup", ("memory.max", "memory.high"), "memory.current", ("inactive_file", "active_file"))
 _FIRST = _Groups(
     "sys/fs/cgroup/memory",
-    "memory.limit_in_bytes",
+    ("memory.limit_in_bytes",),
     "memory.usage_in_bytes",
     ("total_inactive_file", "total_active_file"),
 )
@@ -58,10 +58,11 @@ def _of_groups() -> Iterator[int]:
         path = PurePosixPath(name.lstrip("/"))
         for group in (path, *path.parents):
             folder = f"{groups.folder}/{group}"
-            limit, used = (_text(f"{folder}/{file}").strip() for file in (groups.limit, groups.used))
-            if limit.isdecimal() and used.isdecimal():  # "max" is no limit
-                stat = _numbers(f"{folder}/memory.stat")
-                yield max(0, int(limit) - int(used) + sum(stat.get(kind, 0) for kind in groups.cache))
+            used = _text(f"{folder}/{groups.used}").strip()
+            for limit in (_text(f"{folder}/{file}").strip() for file in groups.limits):
+                if limit.isdecimal() and used.isdecimal():  # "max" is no limit
+                    stat = _numbers(f"{folder}/memory.stat")
+                    yield max(0, int(limit) - int(used) + sum(stat.get(kind, 0) for kind in groups.cache))
 
 
 def _of_mac() -> list[int]:

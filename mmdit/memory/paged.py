@@ -102,7 +102,8 @@ class Paged:
     def start(self, unit: int) -> tuple[int, Callable[[], Tensors]]:
         """Begin, in the thread that computes; see Carrier."""
         if not self._places:
-            self._places = [torch.empty(self._size, dtype=torch.uint8, device=self._device) for _ in range(2)]
+            with torch.inference_mode(False):  # another thread writes into it, and that mode is a thread's own
+                self._places = [torch.empty(self._size, dtype=torch.uint8, device=self._device) for _ in range(2)]
             for event in self._left:
                 event.record(self._computing())  # after all that used this memory before
         turn, self._turns = self._turns, self._turns + 1

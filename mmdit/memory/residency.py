@@ -78,7 +78,7 @@ class Network:
         self.mode, self.kept = Mode.RESIDENT, 0  # blocks that stay while the others come and go
         self.shapes = {name: shape for name, shape in source.shapes.items() if not name.endswith("weight_scale")}
         self.original = source.original
-        self.layout: Layout = self.module.layout
+        self.layout: Layout = getattr(module, "layout", Layout())
         self.role = ROLES[name]
         self.before, self.blocks = units(module, self.layout)
         self._empty = module.state_dict(keep_vars=True)

@@ -70,7 +70,7 @@ class Stream:
         self._carrier = carrier(names, source, device, (pages or Pages(device)) if rounds else None)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="weights")
         self._ahead: Ahead | None = None
-        self._turn = 0  # of the unit that runs
+        self._turn: int | None = None  # of the unit that runs
         self._handles = []
         for i, unit in enumerate(units):
             self._handles.append(unit.module.register_forward_pre_hook(lambda *_, i=i: self._enter(i)))
@@ -91,22 +91,23 @@ class Stream:
 
     def _enter(self, i: int) -> None:
         ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead.unit != i:  # a round was broken off
-            ahead.tensors.result()
-            for turn in (self._turn, ahead.turn):
-                self._carrier.left(turn)
+        if self._turn is not None:  # a round was broken off: the unit that ran then was not left
+            self._carrier.left(self._turn)
+        if ahead is not None and ahead.unit != i:  # what comes for another unit is of no use, nor is its error
             ahead = None
         ahead = ahead or self._start(i)
         for name, tensor in ahead.tensors.result().items():
             self._bind(name, tensor.to(self._device))
         self._turn = ahead.turn
-        self._carrier.arrived(self._turn)
+        self._carrier.arrived(ahead.turn)
         if self._rounds or i + 1 < len(self._units):
             self._ahead = self._start((i + 1) % len(self._units))
 
     def _leave(self, i: int) -> None:
         self._unbind(i)
+        assert self._turn is not None
         self._carrier.left(self._turn)
+        self._turn = None
         if not self._rounds and i + 1 == len(self._units):
             self._carrier.close()
 
