@@ -5,6 +5,8 @@ and drawn with. Each line is one check; the exit code is 1 where one fails.
 """
 
 import argparse
+import json
+import os
 import shutil
 import sys
 import tempfile
@@ -228,20 +230,36 @@ def folder_of(variant: Variant) -> Iterator[Path]:
     """The demo with this transformer in the place of its own."""
     folder = Path(tempfile.mkdtemp(prefix="variant-"))
     try:
-        shutil.copytree(DEMO, folder, dirs_exist_ok=True)
-        save_transformer(built(variant), folder / "transformer")
+        save_model(built(variant), folder)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def save_transformer(model: MMDiT, folder: Path) -> None:
-    """As a folder's transformer/, under the names of the model's own tensors."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    published.write_json(folder / "config.json", config_json(model))
+def save_model(model: MMDiT, folder: Path, **defaults: float) -> None:
+    """As a model's folder that `mmdit.run` draws with; all but the transformer is the demo's, linked where that can be.
+
+    The transformer's tensors have the names that the model itself gives them. defaults: settings of its own.
+    """
+    own, linked = folder / "transformer", DEMO.stat().st_dev == folder.stat().st_dev
+    shutil.rmtree(own, ignore_errors=True)
+    shutil.copytree(
+        DEMO, folder, dirs_exist_ok=True, ignore=lambda path, _: ["transformer"] if Path(path) == DEMO else [],
+        copy_function=linked_file if linked else shutil.copy2,
+    )  # fmt: skip
+    own.mkdir()
+    published.write_json(own / "config.json", config_json(model))
     state = {name: tensor.clone().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(state, folder / f"{published.STEMS['transformer']}.safetensors", metadata={"format": "pt"})
+    save_file(state, own / f"{published.STEMS['transformer']}.safetensors", metadata={"format": "pt"})
+    if defaults:
+        known = json.loads((DEMO / "mmdit.json").read_text())
+        (folder / "mmdit.json").unlink(missing_ok=True)
+        published.write_json(folder / "mmdit.json", known | defaults)
+
+
+def linked_file(source: str, target: str) -> None:
+    Path(target).unlink(missing_ok=True)
+    os.link(source, target)
 
 
 def checked(variant: Variant) -> Iterator[tuple[str, bool, str]]:

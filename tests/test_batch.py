@@ -20,13 +20,11 @@ from mmdit.driver import texts as encoding
 from mmdit.driver.loop import Drawing
 from mmdit.driver.pipeline import Pipeline
 from mmdit.driver.settings import Settings
-from mmdit.kernels import onednn
 from mmdit.memory.meter import FusedAttention, Meter
 from mmdit.memory.plan import Job, Plan
 from mmdit.memory.planner import Planner
 from mmdit.memory.residency import Mode, Network, Residency
 from mmdit.prepared import Prepared
-from vae import decode_in_strips
 
 DEFAULTS = {"width": 96, "height": 64, "steps": 3, "cfg": 4.5, "t5_length": 20}
 
@@ -368,38 +366,3 @@ def test_where_texts_that_wait_leave_no_room_the_plan_is_made_without_them(
     monkeypatch.setattr(pipeline.planner, "plan", narrow)
     assert len(list(pipeline.draw_many(["a horse", "a bear"]))) == 2
     assert 0 in asked and max(asked) > 0
-
-
-@pytest.mark.parametrize("locked", [0, 1000])
-def test_decoding_locks_pages_only_where_the_plan_says_so(
-    locked: int, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pinned: list[bool] = []
-
-    def decoded(vae: Any, latents: Tensor, rows: int, where: str, pin: bool) -> Tensor:
-        pinned.append(pin)
-        return decode_in_strips(vae, latents, rows, where, False)
-
-    monkeypatch.setattr("mmdit.driver.stages.decode_in_strips", decoded)
-    monkeypatch.setattr(pipeline, "plan", replace(pipeline.plan, locked=locked))
-    pipeline.decode(pipeline.noise(64, 64, [0]))
-    assert pinned == [locked > 0]
-
-
-def test_a_network_that_leaves_gives_its_memory_back(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[torch.device] = []
-    monkeypatch.setattr("mmdit.memory.residency.give_back", given.append)
-    for name in ("vae", "transformer"):
-        pipeline.residency.use(name)
-    given.clear()
-    network = pipeline.residency.networks["transformer"]
-    monkeypatch.setattr(network, "mode", Mode.STAGED)
-    network.leave()
-    network.leave()
-    assert given == [network.device]
-
-
-def test_a_pipeline_on_a_cpu_has_the_faster_linear_layers(pipeline: Pipeline) -> None:
-    layers = [m for m in pipeline.transformer.modules() if type(m) is torch.nn.Linear]
-    assert layers
-    assert {vars(m)["forward"].__func__ for m in layers} == {onednn.linear}

@@ -55,8 +55,8 @@ def initialise(model: MMDiT, seed: int) -> None:
 
 def weights_of(path: Path) -> dict[str, Tensor]:
     """The transformer's tensors of a run's folder, or of any model's folder or file; CheckpointError."""
-    own = path / "model" / f"{published.STEMS['transformer']}.safetensors"
-    if own.exists():
+    own = path / "transformer" / f"{published.STEMS['transformer']}.safetensors"
+    if (path / "run.json").exists():  # whatever variant it is
         return load_file(own)
     component = open_checkpoint(path).component("transformer")
     return {name: component.read(name) for name in component.shapes}

@@ -126,7 +126,7 @@ def judge_run(folder: Path, variant: Any, pipe: Pipeline, count: int) -> dict[st
         return json.loads(path.read_text())
     told = json.loads((folder / "run.json").read_text())
     model = variant.build(config_of(variant, told["width"], told["depth"])).eval()
-    model.load_state_dict(load_file(folder / "model" / f"{published.STEMS['transformer']}.safetensors"))
+    model.load_state_dict(load_file(folder / "transformer" / f"{published.STEMS['transformer']}.safetensors"))
     found: dict[str, list[bool]] = {}
     for kind_name in JUDGED:
         kind, rng = KINDS[kind_name], Random(SEED)

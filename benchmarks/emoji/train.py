@@ -8,7 +8,8 @@ out depend on seed and step alone. The learning rate is constant and the weights
 point of a run may be compared with any of another. A run that was stopped and resumed is one that was never stopped.
 
 OUT/log.jsonl: a line for every measurement, with the held-out loss by noise level; OUT/heldout.npz: of every held-out
-scene; OUT/model: the averaged weights as a diffusers folder's transformer/.
+scene. At the end OUT is a model's folder too, the averaged weights beside the demo's other networks:
+`python -m mmdit.run "a horse" --model OUT`.
 """
 
 import argparse
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.check_variant import save_transformer
+from benchmarks.check_variant import save_model
 from benchmarks.emoji import data
 from benchmarks.emoji.beginning import config_of, generator_of, initialise, weights_of
 from benchmarks.emoji.lean import lean_attention, lean_norms
@@ -184,7 +185,7 @@ class Run:
     def finish(self) -> None:
         model = deepcopy(self.model)
         model.load_state_dict(self.average.state())
-        save_transformer(model, self.args.out / "model")
+        save_model(model, self.args.out, width=self.args.size, height=self.args.size)
         numbers = sum(p.numel() for p in model.parameters())
         told = {"variant": self.variant.name or "base", "seed": self.args.seed, "width": self.args.width,
                 "depth": self.args.depth, "size": self.args.size, "batch": self.args.batch, "parameters": numbers,
