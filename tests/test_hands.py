@@ -1,6 +1,5 @@
 """What the driver has done by others: pages locked, memory given back, faster layers laid; each as the plan says."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +14,8 @@ from vae import decode_in_strips
 
 
 @pytest.fixture(scope="module")
-def pipeline() -> Iterator[Pipeline]:
-    yield Pipeline.load(device="cpu")
+def pipeline() -> Pipeline:
+    return Pipeline.load(device="cpu")
 
 
 @pytest.mark.parametrize("locked", [0, 1000])
