@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from benchmarks.emoji.networks import MMDIT
+from benchmarks.emoji.networks import CLIP_G, CLIP_L, MMDIT
 from mmdit import Pipeline, variants
 from mmdit.common.errors import SettingsError
 from mmdit.driver.loading import DEMO
@@ -35,7 +35,14 @@ from mmdit.prepared import Prepared
 from mmdit.variants import PLAIN, Variant, config_json
 from weights import published
 
+WIDTHS = {"clip_l": CLIP_L.hidden_size, "clip_g": CLIP_G.hidden_size}  # of the demo, pooled vectors and features alike
 EXACT, ROUNDED = 1e-5, 0.05  # relative errors: of float32, of 8 bits and bfloat16
+
+
+def pooled_size(variant: Variant) -> int:
+    """Of the demo's encoders that a variant has; a variant with others says so itself."""
+    widths = [WIDTHS[name] for name in variant.encoders if name in WIDTHS]
+    return sum(widths) or MMDIT.pooled_size
 
 
 class WrongError(AssertionError):
@@ -45,7 +52,9 @@ class WrongError(AssertionError):
 def built(variant: Variant, seed: int = 0) -> MMDiT:
     """At the demo's size, every parameter random, so that nothing begins as a no-op."""
     torch.manual_seed(seed)
-    model = variant.build(variant.config(**{f.name: getattr(MMDIT, f.name) for f in fields(MMDIT)}))
+    numbers: dict[str, Any] = {f.name: getattr(MMDIT, f.name) for f in fields(MMDIT)}
+    numbers["pooled_size"] = pooled_size(variant)
+    model = variant.build(variant.config(**numbers))
     for tensor in model.state_dict().values():
         nn.init.normal_(tensor, std=0.5 / max(tensor[0].numel() if tensor.ndim else 1, 1) ** 0.5)
     return model.eval()

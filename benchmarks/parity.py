@@ -40,7 +40,7 @@ class Inputs:
         assert settings.width and settings.height and settings.t5_length
         generator = torch.Generator().manual_seed(settings.seed)
         config = pipe.transformer.config
-        tokens = pipe.text.clip_l.config.max_length + settings.t5_length
+        tokens = pipe.text.length(settings.t5_length)
         self.settings = settings
         self.noise = pipe.noise(settings.width, settings.height, [settings.seed])
         self.picture = torch.rand(1, 3, settings.height, settings.width, generator=generator) * 2 - 1
@@ -64,12 +64,13 @@ class Inputs:
 def ours(pipe: Pipeline, inputs: Inputs) -> Outputs:
     """Every component and the whole loop by this engine; float32 results."""
     out: Outputs = {}
-    text = replace(pipe.text, t5_length=inputs.settings.t5_length or 256).encode(PROMPTS)
+    encoder: Any = pipe.text
+    text = encoder.encode(PROMPTS, inputs.settings.t5_length or 256)
     out |= {f"tokens {name}": ids for name, ids in text.tokens.items()}
     for name in ("clip_l", "clip_g"):
-        out[f"{name} sequence"], out[f"{name} pooled"] = getattr(pipe.text, name)(text.tokens[name])
-    if pipe.text.t5 is not None:
-        out["t5 sequence"] = pipe.text.t5(text.tokens["t5"])
+        out[f"{name} sequence"], out[f"{name} pooled"] = getattr(encoder, name)(text.tokens[name])
+    if encoder.t5 is not None:
+        out["t5 sequence"] = encoder.t5(text.tokens["t5"])
     out["context"], out["pooled"] = text.context, text.pooled
     dtype = pipe.transformer.context_embedder.weight.dtype
     latent, context, pooled, sigma, picture = inputs.on(pipe.device, dtype)

@@ -172,7 +172,7 @@ def product(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], obje
 def step(table: Table, pipe: Pipeline, others: dict[str, peers.Maker], size: int, batch: int) -> None:
     """One guided step of `batch` pictures, and the share of the matrix rate that ours reaches."""
     config, cells = pipe.transformer.config, size // pipe.vae.config.downscale
-    tokens = pipe.text.clip_l.config.max_length + 256
+    tokens = pipe.text.length(256)
     generator = torch.Generator().manual_seed(0)
     inputs = peers.Inputs(
         torch.randn(batch, config.in_channels, cells, cells, generator=generator),

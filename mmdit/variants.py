@@ -17,15 +17,19 @@ where its file was named, or imported.
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from mmdit.common.errors import SettingsError, one_line
 from mmdit.config import MMDiTConfig
 from mmdit.model import MMDiT
 
+if TYPE_CHECKING:
+    from text_encoders import EncodesText
+
 Made = TypeVar("Made", bound=Callable[..., Any])
+ENCODERS = ("clip_l", "clip_g", "t5")
 
 
 class Variant(NamedTuple):
@@ -36,6 +40,8 @@ class Variant(NamedTuple):
     make: Callable[..., Any]  # of a config a model, or of a built model None or another
     module: str  # that it was registered in
     file: Path | None
+    encoders: tuple[str, ...] = ENCODERS  # which of the published ones it reads texts with
+    text: "Callable[[MMDiTConfig], EncodesText] | None" = None  # or who reads them in their place
 
     def build(self, config: MMDiTConfig) -> MMDiT:
         """The model, without values where the default device is "meta"; its name is its attribute `variant`."""
@@ -52,12 +58,23 @@ PLAIN = Variant("", MMDiTConfig, MMDiT, "mmdit.model", None)
 _known: dict[str, Variant] = {}
 
 
-def variant(name: str, config: type[MMDiTConfig] = MMDiTConfig) -> Callable[[Made], Made]:
-    """Register the class or function that follows under a name; the last of a name counts."""
+def variant(
+    name: str,
+    config: type[MMDiTConfig] = MMDiTConfig,
+    encoders: Sequence[str] = ENCODERS,
+    text: "Callable[[MMDiTConfig], EncodesText] | None" = None,
+) -> Callable[[Made], Made]:
+    """Register the class or function that follows under a name; the last of a name counts.
+
+    encoders: those of the published text encoders that it has, one CLIP at least; the others' files are not opened.
+    text: called with the model's config, whoever reads prompts in the place of all of them (`EncodesText`).
+    """
+    assert {*encoders} <= {*ENCODERS} and any(encoder.startswith("clip") for encoder in encoders), encoders
 
     def register(make: Made) -> Made:
         file = getattr(sys.modules.get(make.__module__), "__file__", None)
-        _known[name] = Variant(name, config, make, make.__module__, file and Path(file))
+        own = () if text else tuple(e for e in ENCODERS if e in encoders)
+        _known[name] = Variant(name, config, make, make.__module__, file and Path(file), own, text)
         return make
 
     return register

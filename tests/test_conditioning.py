@@ -158,7 +158,7 @@ def test_join_casts_t5_to_clips_dtype():
     (hidden_l, pooled_l), (hidden_g, pooled_g) = pairs()
     clip_l, clip_g = (hidden_l.half(), pooled_l.half()), (hidden_g.half(), pooled_g.half())
     t5 = torch.randn(2, 4, 10)
-    context, pooled = join(clip_l, clip_g, t5, 10)
+    context, pooled = join([clip_l, clip_g], t5, 10)
     assert context.dtype == pooled.dtype == torch.float16
     assert context.shape == (2, 11, 10)
     assert torch.equal(context[:, 7:], t5.half())
@@ -166,7 +166,7 @@ def test_join_casts_t5_to_clips_dtype():
 
 def test_join_checks_widths():
     with pytest.raises(ValueError, match="8 channels exceed the context width of 7"):
-        join(*pairs(), None, 7)
+        join(pairs(), None, 7)
     with pytest.raises(ValueError, match="T5's width of 9 is not the context width of 10"):
-        join(*pairs(), torch.zeros(2, 4, 9), 10)
-    assert join(*pairs(), None, 8)[0].shape == (2, 7, 8)
+        join(pairs(), torch.zeros(2, 4, 9), 10)
+    assert join(pairs(), None, 8)[0].shape == (2, 7, 8)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.emoji import compare, train
+from benchmarks.emoji import compare, data, train
 from benchmarks.emoji.beginning import config_of, initialise, weights_of
 from benchmarks.emoji.compare import Curve, interval, table
 from benchmarks.emoji.networks import MMDIT
@@ -158,6 +158,22 @@ def test_a_run_begins_with_another_ones_weights(tmp_path: Path, scenes: Path, ca
     assert end.value.code == 2 and "none" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_fewer_encoders_give_what_drawing_gives(tmp_path: Path, scenes: Path) -> None:
+    """Held against the engine's own join: one CLIP fills the first channels, the pooled vector is its own."""
+    from text_encoders import join
+
+    held = data.load(scenes / "scenes-16-400.safetensors", torch.device("cpu"))[1]
+    clip, t5 = held.context[:, :3], held.context[:, 3:]
+    parts = {"clip_l": (clip[..., :64], held.pooled[:, :64]), "clip_g": (clip[..., 64:192], held.pooled[:, 64:])}
+    for encoders in (("clip_l", "t5"), ("clip_g", "t5"), ("clip_g",), ("clip_l", "clip_g", "t5")):
+        found = held.read_by(encoders)
+        own = [parts[name] for name in encoders if name != "t5"]
+        context, pooled = join(own, t5 if "t5" in encoders else None, 192)
+        assert torch.equal(found.context, context) and torch.equal(found.pooled, pooled)
+    run = run_of(tmp_path / "a", scenes, variant=variants.load("benchmarks.variants.no_clip_g"))
+    assert run.train.pooled.shape[1] == 64 == run.model.config.pooled_size
+
+
 # ---- comparing -----------------------------------------------------------------------------------
 
 
@@ -219,7 +235,7 @@ def test_a_comparison_trains_what_is_missing_only(
 ) -> None:
     """From the command line to the table, with pictures judged by a stand-in; the second call trains nothing."""
     (tmp_path / "scenes-16-400.safetensors").write_bytes((scenes / "scenes-16-400.safetensors").read_bytes())
-    monkeypatch.setattr(compare, "draw", lambda *given: np.zeros((len(given[2]), 8, 8, 3), np.uint8))
+    monkeypatch.setattr(compare, "draw", lambda *given: np.zeros((len(given[1]), 8, 8, 3), np.uint8))
     monkeypatch.setattr(compare, "judge", lambda *_: None)
     monkeypatch.setattr(compare, "KINDS", dict.fromkeys(compare.JUDGED, Kind))
     line = [

@@ -1,6 +1,7 @@
 """Variants of the architecture: registered, saved, loaded, refused, drawn with; and the check of every path."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from textwrap import dedent
@@ -222,6 +223,65 @@ def test_a_variant_that_is_not_at_hand_is_named(tmp_path: Path) -> None:
         file.write_text(json.dumps(config | {"louder": "x", "other": 1}))
         with pytest.raises(CheckpointError, match=r"config.json has other, which the variant mine does not know"):
             Pipeline.load(folder, variant=str(tmp_path / "mine.py"), t5="off")
+
+
+# ---- text encoders -------------------------------------------------------------------------------
+
+
+def test_encoders_that_a_variant_does_not_have_are_not_opened() -> None:
+    """Their folders may be gone; the context and the pooled vector are CLIP-L's, and T5's beside it."""
+    path = next(p for p in FILES if p.stem == "no_clip_g")
+    with folder_of(variants.load(str(path))) as folder:
+        for name in ("text_encoder_2", "tokenizer_2"):
+            shutil.rmtree(folder / name)
+        pipe = Pipeline.load(folder, variant=str(path), dtype="fp32")
+        assert sorted(pipe.residency.networks) == ["clip_l", "t5", "transformer", "vae"]
+        text, whole = pipe.encode(["a horse"], 12), Pipeline.load(dtype="fp32").encode(["a horse"], 12)
+        assert torch.equal(text.pooled, whole.pooled[:, :64])
+        assert torch.equal(text.context[:, :, :64], whole.context[:, :, :64])
+        clip = text.tokens["clip_l"].shape[1]
+        assert not text.context[:, :clip, 64:].any()
+        pipe("a horse", width=64, height=64, steps=1)
+
+
+TEXT = """
+    class Letters:
+        width = 192
+
+        def length(self, t5_length):
+            return 5
+
+        def encode(self, texts, t5_length):
+            from text_encoders import Conditioning
+            ids = torch.tensor([[ord(c) % 100 for c in text.ljust(5)[:5]] for text in texts])
+            context = torch.sin(ids[..., None] * torch.arange(1, self.width + 1) / 50)
+            return Conditioning(context, context.mean(1)[:, :192], {"letters": ids})
+
+    @variant("letters", text=lambda config: Letters())
+    def letters(model): ...
+"""
+
+
+def test_another_text_encoder_takes_the_place_of_all(tmp_path: Path) -> None:
+    """No published one is opened, nor a tokenizer; lists, plans and dumps know the length of its texts."""
+    found = written(tmp_path / "letters.py", TEXT)
+    with folder_of(found) as folder:
+        for name in ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3"):
+            shutil.rmtree(folder / name)
+        pipe = Pipeline.load(folder, variant=str(tmp_path / "letters.py"), dtype="fp32")
+        assert sorted(pipe.residency.networks) == ["transformer", "vae"]
+        trace: dict[str, torch.Tensor] = {}
+        small = {"width": 64, "height": 64, "steps": 1, "seed": 1}
+        pipe.run(pipe.asked({"prompt": "a horse", **small}), trace)
+        assert trace["cond.context"].shape == (1, 5, 192)
+        assert pipe.job(pipe.settings.resolved(pipe.defaults)).context == 5
+        first = trace["latents.0"]
+        pipe.run(pipe.asked({"prompt": "b bear", **small}), trace)
+        assert not torch.equal(first, trace["latents.0"])
+        assert len(list(pipe.draw_many(["a", "b", "c"], **small))) == 3
+    wide = written(tmp_path / "wide.py", TEXT.replace("width = 192", "width = 200").replace('"letters"', '"wide"'))
+    with folder_of(wide) as folder, pytest.raises(CheckpointError, match="texts of width 200, expected 192"):
+        Pipeline.load(folder)
 
 
 # ---- files ---------------------------------------------------------------------------------------

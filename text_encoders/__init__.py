@@ -6,7 +6,7 @@ from mmdit.common.lazy import lazy
 
 if TYPE_CHECKING:
     from text_encoders.clip import CLIP_G, CLIP_L, CLIPConfig, CLIPTextEncoder
-    from text_encoders.conditioning import Conditioning, TextEncoder, join
+    from text_encoders.conditioning import Conditioning, EncodesText, TextEncoder, join
     from text_encoders.t5 import T5_XXL, T5Config, T5Encoder
     from text_encoders.tokenizers import CLIPTokenizer, T5Tokenizer, TokenizerError, Tokens
 
@@ -18,6 +18,7 @@ __all__ = [
     "CLIPTextEncoder",
     "CLIPTokenizer",
     "Conditioning",
+    "EncodesText",
     "T5Config",
     "T5Encoder",
     "T5Tokenizer",
@@ -30,7 +31,7 @@ __getattr__ = lazy(
     __name__,
     {
         "clip": ["CLIP_G", "CLIP_L", "CLIPConfig", "CLIPTextEncoder"],
-        "conditioning": ["Conditioning", "TextEncoder", "join"],
+        "conditioning": ["Conditioning", "EncodesText", "TextEncoder", "join"],
         "t5": ["T5_XXL", "T5Config", "T5Encoder"],
         "tokenizers": ["CLIPTokenizer", "T5Tokenizer", "TokenizerError", "Tokens"],
     },

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,34 +22,58 @@ class Conditioning:
 
     context: Tensor  # (B, n, W), the sequence that the transformer attends to beside the image
     pooled: Tensor  # (B, P), the vector that modulates its blocks
-    tokens: dict[str, Tensor]  # ids (B, n) int64 of "clip_l", "clip_g" and, where T5 ran, "t5"
+    tokens: dict[str, Tensor]  # ids (B, n) int64 by encoder: "clip_l", "clip_g" and, where T5 ran, "t5"
 
     def __getitem__(self, rows: slice) -> Conditioning:
         """Some of the prompts."""
         return Conditioning(self.context[rows], self.pooled[rows], {n: ids[rows] for n, ids in self.tokens.items()})
 
 
+class EncodesText(Protocol):
+    """What the driver asks of whoever reads prompts."""
+
+    width: int  # W, of a token of the context
+
+    def length(self, t5_length: int) -> int:
+        """Tokens of a text's context. t5_length: the user's setting, for those who heed it."""
+        ...
+
+    def encode(self, texts: list[str], t5_length: int) -> Conditioning:
+        """Contexts (B, length, width) and pooled vectors (B, P) of prompts."""
+        ...
+
+
 @dataclass
 class TextEncoder:
-    """The three text encoders with their tokenizers, as Stable Diffusion 3 combines them.
+    """CLIPs and T5 with their tokenizers, as Stable Diffusion 3 combines them; one CLIP at least.
 
     Without T5 the published pipelines disagree, and their images differ: zeros are not neutral, because
     the transformer attends to them.
     """
 
-    tokenizer_l: CLIPTokenizer
-    tokenizer_g: CLIPTokenizer
+    tokenizer_l: CLIPTokenizer | None
+    tokenizer_g: CLIPTokenizer | None
     tokenizer_t5: T5Tokenizer | None
-    clip_l: CLIPTextEncoder
-    clip_g: CLIPTextEncoder
+    clip_l: CLIPTextEncoder | None
+    clip_g: CLIPTextEncoder | None
     t5: T5Encoder | None
     t5_mode: str = "on"  # "off": zeros in place of T5's tokens (diffusers); "omit": no tokens (ComfyUI)
-    t5_length: int = 256  # T5's tokens, or its zeros
+    t5_length: int = 256  # T5's tokens, or its zeros, where a call does not say
     width: int = 4096  # W, the transformer's context width
     warn: Callable[[str], object] = warnings.warn  # gets one line for every end of a prompt that was cut off
 
-    def encode(self, texts: list[str]) -> Conditioning:
-        """Encode prompts, each module on its device and in its dtype.
+    @property
+    def clips(self) -> dict[str, tuple[CLIPTokenizer, CLIPTextEncoder]]:
+        """Those that are there, L before G."""
+        every = {"clip_l": (self.tokenizer_l, self.clip_l), "clip_g": (self.tokenizer_g, self.clip_g)}
+        return {name: (t, m) for name, (t, m) in every.items() if t is not None and m is not None}
+
+    def length(self, t5_length: int) -> int:
+        """Tokens of a text's context: CLIP's, which lie side by side, and T5's."""
+        return max(clip.config.max_length for _, clip in self.clips.values()) + t5_length * (self.t5_mode != "omit")
+
+    def encode(self, texts: list[str], t5_length: int | None = None) -> Conditioning:
+        """Encode prompts, each module on its device and in its dtype. t5_length: T5's tokens, if not as many as usual.
 
         Returns context (B, 77 + t5_length, W), or (B, 77, W) with T5 omitted, and pooled (B, P), in the
         dtype and on the device of CLIP's output. Raises ValueError for mode "on" without a T5, for an
@@ -56,43 +81,38 @@ class TextEncoder:
         """
         if self.t5_mode not in ("on", "off", "omit"):
             raise ValueError(f"t5_mode is {self.t5_mode!r}, not 'on', 'off' or 'omit'")
-        batches = {
-            "clip_l": self.tokenizer_l(texts, self.clip_l.config.max_length),
-            "clip_g": self.tokenizer_g(texts, self.clip_g.config.max_length),
-        }
+        t5_length = self.t5_length if t5_length is None else t5_length
+        batches = {name: tokenizer(texts, clip.config.max_length) for name, (tokenizer, clip) in self.clips.items()}
         if self.t5_mode == "on":
             if self.t5 is None or self.tokenizer_t5 is None:
                 raise ValueError("t5_mode is 'on' but there is no T5; 'off' and 'omit' go without")
-            batches["t5"] = self.tokenizer_t5(texts, self.t5_length)
+            batches["t5"] = self.tokenizer_t5(texts, t5_length)
         for name, batch in batches.items():
             check_ids(batch.ids, getattr(self, name).config.vocab_size, name)
         warn_of_cuts(batches, self.warn)
         tokens = {name: batch.ids for name, batch in batches.items()}
-        clip_l, clip_g = self.clip_l(tokens["clip_l"]), self.clip_g(tokens["clip_g"])
-        t5 = self.encode_t5(tokens.get("t5"), len(texts))
-        return Conditioning(*join(clip_l, clip_g, t5, self.width), tokens)
+        clips = [clip(tokens[name]) for name, (_, clip) in self.clips.items()]
+        t5 = self.encode_t5(tokens.get("t5"), len(texts), t5_length)
+        return Conditioning(*join(clips, t5, self.width), tokens)
 
-    def encode_t5(self, ids: Tensor | None, count: int) -> Tensor | None:
-        """T5's part of the context (B, t5_length, W): its output, zeros, or none, by `t5_mode`."""
+    def encode_t5(self, ids: Tensor | None, count: int, length: int) -> Tensor | None:
+        """T5's part of the context (B, length, W): its output, zeros, or none, by `t5_mode`."""
         if ids is not None:
             assert self.t5 is not None
             return self.t5(ids)
-        return torch.zeros(count, self.t5_length, self.width) if self.t5_mode == "off" else None
+        return torch.zeros(count, length, self.width) if self.t5_mode == "off" else None
 
 
-def join(
-    clip_l: tuple[Tensor, Tensor], clip_g: tuple[Tensor, Tensor], t5: Tensor | None, width: int
-) -> tuple[Tensor, Tensor]:
+def join(clips: Sequence[tuple[Tensor, Tensor]], t5: Tensor | None, width: int) -> tuple[Tensor, Tensor]:
     """Combine the encoders' outputs: Esser et al. 2024 (https://arxiv.org/abs/2403.03206), figure 2.
 
-    clip_l, clip_g: features (B, n, D) and pooled vectors (B, P); t5: features (B, m, width) or None.
+    clips: of each CLIP, L before G, features (B, n, D) and pooled vectors (B, P); t5: features (B, m, width) or None.
     CLIP's features lie side by side on the channels, filled with zeros up to `width`; T5's tokens follow
-    them. Returns the context (B, n + m, width) and the pooled vectors side by side (B, P_l + P_g), in
+    them. Returns the context (B, n + m, width) and the pooled vectors side by side, in
     CLIP's dtype and on its device. Raises ValueError where CLIP's channels exceed `width` or T5's miss it.
     """
-    (hidden_l, pooled_l), (hidden_g, pooled_g) = clip_l, clip_g
-    context = torch.cat([hidden_l, hidden_g], dim=-1)  # (B, n, D_l + D_g)
-    pooled = torch.cat([pooled_l, pooled_g], dim=-1)  # (B, P_l + P_g)
+    context = torch.cat([hidden for hidden, _ in clips], dim=-1)  # (B, n, D_l + D_g)
+    pooled = torch.cat([vector for _, vector in clips], dim=-1)  # (B, P_l + P_g)
     if context.shape[-1] > width:
         raise ValueError(f"CLIP's {context.shape[-1]} channels exceed the context width of {width}")
     context = F.pad(context, (0, width - context.shape[-1]))  # (B, n, W)
@@ -113,7 +133,7 @@ def check_ids(ids: Tensor, rows: int, name: str) -> None:
 def warn_of_cuts(batches: dict[str, Tokens], warn: Callable[[str], object]) -> None:
     """One line for every end of a prompt that was cut off, naming all the encoders that lost this end."""
     names = {"clip_l": "CLIP-L", "clip_g": "CLIP-G", "t5": "T5"}
-    for i in range(len(batches["clip_l"].lost)):
+    for i in range(max(len(batch.lost) for batch in batches.values())):
         losers: dict[tuple[str, int], list[str]] = {}
         for key, batch in batches.items():
             lost, length = " ".join(batch.lost[i].split()), batch.ids.shape[1]

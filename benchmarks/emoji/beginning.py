@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from benchmarks.check_variant import pooled_size
 from benchmarks.emoji.networks import MMDIT, position_table
 from mmdit.model import MMDiT
 from mmdit.variants import Variant
@@ -24,7 +25,7 @@ def config_of(variant: Variant, width: int, depth: int) -> Any:
         depth=depth,
         num_heads=max(1, width // 64),
         pos_embed_max_size=MMDIT.pos_embed_max_size,
-        pooled_size=MMDIT.pooled_size,
+        pooled_size=pooled_size(variant),
         context_size=MMDIT.context_size,
         dual_attention_blocks=dual,
     )

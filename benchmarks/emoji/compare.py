@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -20,19 +21,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from safetensors.torch import load_file
 
 from benchmarks.emoji import data, train
-from benchmarks.emoji.beginning import config_of
-from benchmarks.emoji.evaluate import KINDS
+from benchmarks.emoji.evaluate import KINDS, draw
 from benchmarks.emoji.judge import judge
 from benchmarks.emoji.scenes import random_scene
 from mmdit import Pipeline, variants
-from mmdit.driver.loading import DEMO
-from mmdit.prepared import Prepared
-from mmdit.variants import PLAIN
-from samplers import classifier_free_guidance, euler, guided, shifted_sigmas
-from weights import published
 
 JUDGED = ("one subject", "two, each in its place", "two never seen together", "three")
 SEED, STEPS, CFG, AT_ONCE = 500_000, 14, 3.0, 25
@@ -100,44 +94,21 @@ def train_all(jobs: Sequence[tuple[str, str, int]], args: argparse.Namespace) ->
         return all(pool.map(one, jobs))
 
 
-@torch.no_grad()
-def draw(pipe: Pipeline, model: Any, captions: list[str], size: int, seeds: Sequence[int]) -> np.ndarray:
-    """Pictures of a trained variant, uint8 `(B, H, W, 3)`, with the demo's encoders and autoencoder."""
-    length = pipe.settings.resolved(pipe.defaults).t5_length
-    assert length is not None
-    text, empty = pipe.encode(captions, length), pipe.encode([""], length)
-    sigmas, count = shifted_sigmas(STEPS, pipe.shift), len(captions)
-    context, pooled = (torch.cat([getattr(t, name) for t in (text, empty)]).float() for name in ("context", "pooled"))
-    prepared = Prepared(model, context, pooled, sigmas.tolist())
-    rows = {"prompt": list(range(count)), "negative": [count] * count}
-
-    def evaluate(x: torch.Tensor, sigma: torch.Tensor, names: tuple[str, ...]) -> Sequence[torch.Tensor]:
-        wanted = [row for name in names for row in rows[name]]
-        return prepared(torch.cat([x] * len(names)), float(sigma), wanted).chunk(len(names))
-
-    noise = pipe.noise(size, size, seeds)
-    return pipe.decode(euler(guided(evaluate, classifier_free_guidance(CFG, (0.0, 1.0))), noise, sigmas)).numpy()
-
-
-def judge_run(folder: Path, variant: Any, pipe: Pipeline, count: int) -> dict[str, list[bool]]:
+def judge_run(folder: Path, variant: str | None, count: int) -> dict[str, list[bool]]:
     """Draw `count` scenes of each kind, the same for all runs, and say which are right; kept in judged.json."""
     path = folder / "judged.json"
     if path.exists():
         return json.loads(path.read_text())
-    told = json.loads((folder / "run.json").read_text())
-    model = variant.build(config_of(variant, told["width"], told["depth"])).eval()
-    model.load_state_dict(load_file(folder / "transformer" / f"{published.STEMS['transformer']}.safetensors"))
-    found: dict[str, list[bool]] = {}
-    for kind_name in JUDGED:
-        kind, rng = KINDS[kind_name], Random(SEED)
-        scenes = [random_scene(rng, **kind.scene) for _ in range(count)]
-        right: list[bool] = []
+    pipe, found = Pipeline.load(folder, variant=variant, dtype="fp32"), dict[str, list[bool]]()
+    for name in JUDGED:
+        kind, rng = KINDS[name], Random(SEED)
+        scenes, right = [random_scene(rng, **kind.scene) for _ in range(count)], list[bool]()
         for i in range(0, count, AT_ONCE):
             some = scenes[i : i + AT_ONCE]
-            seeds = [SEED + i + j for j in range(len(some))]
-            pictures = draw(pipe, model, [scene.caption for scene in some], told["size"], seeds)
+            settings = replace(pipe.settings, seed=SEED + i, steps=STEPS, cfg=CFG)
+            pictures = draw(pipe, [scene.caption for scene in some], settings)
             right += [bool(kind.right(s, judge(p, len(s.nouns)))) for s, p in zip(some, pictures)]
-        found[kind_name] = right
+        found[name] = right
     path.write_text(json.dumps(found) + "\n")
     return found
 
@@ -225,19 +196,18 @@ def main(arguments: Any = None) -> int:
     )
     args, args.more = parser.parse_known_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
-    known = {"base" if text == "base" else (v := variants.load(text)).name: (text, PLAIN if text == "base" else v)
+    known = {"base" if text == "base" else variants.load(text).name: "" if text == "base" else text
              for text in args.variants}  # fmt: skip
-    jobs = [(name, "" if text == "base" else text, seed) for seed in range(1, args.seeds + 1)
-            for name, (text, _) in known.items()]  # fmt: skip
+    jobs = [(name, text, seed) for seed in range(1, args.seeds + 1) for name, text in known.items()]
     own = train.parser_of().parse_args(args.more)
     data.provide(args.out, own.size, torch.device("cpu"), own.scenes)  # once, not by every run
     if not train_all(jobs, args):
         return 1
-    pipe, runs = Pipeline.load(DEMO, dtype="fp32"), dict[str, list[Curve]]()
-    for name, (_, variant) in known.items():
+    runs = dict[str, list[Curve]]()
+    for name, text in known.items():
         for seed in range(1, args.seeds + 1):
             folder = folder_of(args.out, name, seed)
-            runs.setdefault(name, []).append(curve_of(folder, judge_run(folder, variant, pipe, args.judged)))
+            runs.setdefault(name, []).append(curve_of(folder, judge_run(folder, text or None, args.judged)))
     text = table(runs)
     (args.out / "table.md").write_text(text)
     curves_picture(runs, args.out / "curves.png")

@@ -4,6 +4,7 @@ They lie in a file that every variant reads: latents, contexts, pooled vectors. 
 """
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -14,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from benchmarks.check_variant import WIDTHS
 from benchmarks.emoji.run_state import number_format
 from benchmarks.emoji.scenes import Scene, random_scene, render
 from mmdit import Pipeline
@@ -40,6 +42,22 @@ class Data:
 
     def __len__(self) -> int:
         return len(self.latents)
+
+    def read_by(self, encoders: Sequence[str]) -> "Data":
+        """With what these encoders alone would give, as `text_encoders.join` puts it together."""
+        rows, first = [], 0
+        for name, width in WIDTHS.items():
+            rows += range(first, first + width) if name in encoders else ()
+            first += width
+
+        def contexts(every: Tensor) -> Tensor:
+            clip = torch.zeros_like(every[:, : self.clip])
+            clip[..., : len(rows)] = every[:, : self.clip, rows]  # those that are there lie side by side
+            return torch.cat([clip, every[:, self.clip :]], dim=1) if "t5" in encoders else clip
+
+        context, empty = map(contexts, (self.context, self.empty_context))
+        pooled, empty_pooled = (t[:, rows] for t in (self.pooled, self.empty_pooled))
+        return Data(self.latents, context, pooled, empty, empty_pooled, self.clip)
 
     def batch(self, rows: Tensor, empty: Tensor, without_t5: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Latents, contexts and pooled vectors of these rows; where true, with the empty caption, and without T5."""

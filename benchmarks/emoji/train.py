@@ -72,7 +72,8 @@ class Run:
         self.args, self.variant, self.path = args, variant, args.out / "run.pt"
         self.device = torch.device(args.device)
         self.dtype = number_format(self.device) if args.dtype == "auto" else getattr(torch, args.dtype)
-        self.train, self.held = data.load(data.provide(args.data, args.size, self.device, args.scenes), self.device)
+        path = data.provide(args.data, args.size, self.device, args.scenes)
+        self.train, self.held = (part.read_by(variant.encoders) for part in data.load(path, self.device))
         self.model = variant.build(config_of(variant, args.width, args.depth))
         initialise(self.model, args.seed)
         if args.init and not self.path.exists():

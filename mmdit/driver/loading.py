@@ -1,6 +1,7 @@
 """From settings to networks: which file becomes which module, on which device, in which number format."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,8 @@ from mmdit.kernels.compiled import lacking
 from mmdit.kernels.quantise import QuantisedSource, quantised
 from mmdit.memory.devices import indexed
 from mmdit.memory.residency import Network
-from text_encoders import CLIPTokenizer, T5Tokenizer, TextEncoder, TokenizerError
+from mmdit.variants import Variant
+from text_encoders import CLIPTokenizer, EncodesText, T5Tokenizer, TextEncoder, TokenizerError
 from weights import Checkpoint, CheckpointError, Component, Source, hub, open_checkpoint, published
 from weights.adapters import Adapters
 from weights.fingerprint import of_adapter, of_model, with_adapters
@@ -33,7 +35,7 @@ class Parts(NamedTuple):
     """What a picture needs."""
 
     networks: dict[str, Network]  # empty as yet
-    text: TextEncoder  # of the modules of `networks`
+    text: EncodesText  # by the modules of `networks`, but for a variant that has another
     adapters: Adapters
     defaults: dict[str, float]  # the model's own settings
     shift: float  # of its noise schedule
@@ -63,10 +65,11 @@ def load_parts(settings: Settings) -> Parts:
     device, dtype = device_of(settings), dtype_of(settings)
     settings.resolved({})  # mistakes first: a model may have to be fetched
     check_there(settings, device, dtype)
-    wanted = [name for name in MODULES if name != "t5" or settings.t5 == "on"]
-    checkpoint = open_model(settings, wanted)
-    components = {"transformer": checkpoint.component("transformer")}
     variant = None if settings.variant is None else variants.load(settings.variant)
+    checkpoint = open_model(settings, wanted_by(settings, variant or variants.PLAIN))
+    components = {"transformer": checkpoint.component("transformer")}
+    made = variant_of(components["transformer"], variant)
+    wanted = wanted_by(settings, made)
     modules = {"transformer": build(components["transformer"], variant)}
     defaults = default_settings(modules["transformer"].config)
     defaults |= check_defaults(checkpoint.defaults, str(checkpoint.path / "mmdit.json"))
@@ -77,8 +80,7 @@ def load_parts(settings: Settings) -> Parts:
             option = f"--{SEPARATE[name].replace('_', '-')} FILE brings one"
             raise CheckpointError(f"{checkpoint.path}: has no {name}, which a picture needs; {option}{hint}")
     shift = shift_of(checkpoint)
-    folders = tokenizer_folders(settings, checkpoint)
-    tokenizers = load_tokenizers(*folders)
+    folders = tokenizer_folders(settings, checkpoint, wanted)
     components |= {name: checkpoint.component(name) for name in wanted}
     modules |= {name: build(components[name]) for name in wanted if name != "transformer"}
     check_together(components, modules)
@@ -91,17 +93,9 @@ def load_parts(settings: Settings) -> Parts:
         networks[name] = Network(name, modules[name], source, device)
     adapters = Adapters({name: network for name, network in networks.items() if name != "vae"})
     planned = [adapters.plan(split_lora(lora)[0]).report.path for lora in settings.lora]
-    text = TextEncoder(
-        **tokenizers,
-        clip_l=modules["clip_l"],
-        clip_g=modules["clip_g"],
-        t5=modules.get("t5"),
-        t5_mode=settings.t5,
-        width=modules["transformer"].config.context_size,
-    )
+    text = text_by(made, modules, folders, settings.t5)
     configs = {name: module.config for name, module in modules.items()}
-    made = variant_of(components["transformer"], variant)
-    fingerprint = of_model(components, configs, shift, folders, [made.file] if made.file else [])
+    fingerprint = of_model(components, configs, shift, folders.values(), [made.file] if made.file else [])
     weights = with_adapters(fingerprint, [of_adapter(path) for path in planned])
     return Parts(networks, text, adapters, defaults, shift, device, dtype, fingerprint, weights)
 
@@ -125,7 +119,8 @@ def open_model(settings: Settings, wanted: list[str]) -> Checkpoint:
     separate = {part: user_path(name, text) for part, (name, text) in given.items() if text is not None}
     path = DEMO if settings.model is None else settings.model
     if isinstance(path, str) and hub.is_id(path):
-        tokenizers = () if settings.tokenizers is not None else tokenizer_names(settings)
+        own = [folder for name, folder in TOKENIZERS.items() if name in wanted]
+        tokenizers = () if settings.tokenizers is not None else tuple(own)
         path = hub.fetch(path, [name for name in wanted if name not in separate], tokenizers)
     return open_checkpoint(path, separate)
 
@@ -133,14 +128,16 @@ def open_model(settings: Settings, wanted: list[str]) -> Checkpoint:
 def check_together(components: dict[str, Component], parts: dict[str, Any]) -> None:
     """Raise CheckpointError where parts, each whole by itself, are of different models."""
     config = {name: part.config for name, part in parts.items()}
-    transformer, clips = config["transformer"], (config["clip_l"], config["clip_g"])
+    transformer, clips = config["transformer"], [config[name] for name in ("clip_l", "clip_g") if name in config]
     pooled = sum(clip.projection_dim or clip.hidden_size for clip in clips)
     context, vae = sum(clip.hidden_size for clip in clips), config["vae"].latent_channels
-    wanted = [
-        (pooled == transformer.pooled_size, f"pooled vectors of {pooled}, expected {transformer.pooled_size}"),
-        (context <= transformer.context_size, f"CLIP contexts of {context}, at most {transformer.context_size} fit"),
-        (vae == transformer.in_channels, f"latents of {vae} channels, expected {transformer.in_channels}"),
-    ]
+    wanted = [(vae == transformer.in_channels, f"latents of {vae} channels, expected {transformer.in_channels}")]
+    if clips:
+        most = transformer.context_size
+        wanted += [
+            (pooled == transformer.pooled_size, f"pooled vectors of {pooled}, expected {transformer.pooled_size}"),
+            (context <= most, f"CLIP contexts of {context}, at most {most} fit"),
+        ]
     if "t5" in config:
         width = config["t5"].d_model
         wanted.append((width == transformer.context_size, f"T5 of {width}, expected {transformer.context_size}"))
@@ -150,28 +147,48 @@ def check_together(components: dict[str, Component], parts: dict[str, Any]) -> N
         raise CheckpointError(f"parts of different models: {'; '.join(wrong)}: {files}")
 
 
-def tokenizer_names(settings: Settings) -> tuple[str, ...]:
-    return ("tokenizer", "tokenizer_2", "tokenizer_3")[: 3 if settings.t5 == "on" else 2]
+TOKENIZERS = {"clip_l": "tokenizer", "clip_g": "tokenizer_2", "t5": "tokenizer_3"}
 
 
-def tokenizer_folders(settings: Settings, checkpoint: Checkpoint) -> list[Path]:
+def wanted_by(settings: Settings, variant: Variant) -> list[str]:
+    """The networks that a picture needs."""
+    encoders = [name for name in variant.encoders if name != "t5" or settings.t5 == "on"]
+    return [name for name in MODULES if name in encoders or name not in TOKENIZERS]
+
+
+def tokenizer_folders(settings: Settings, checkpoint: Checkpoint, wanted: Sequence[str]) -> dict[str, Path]:
     """Those of --tokenizers, else of the model's folder, else of a Stable Diffusion 3 in the hub's cache."""
+    names = {name: folder for name, folder in TOKENIZERS.items() if name in wanted}
     given = None if settings.tokenizers is None else user_path("tokenizers", settings.tokenizers)
-    folder = given or checkpoint.tokenizers or hub.cached_tokenizers(tokenizer_names(settings))
-    if folder is None:
+    folder = given or checkpoint.tokenizers or hub.cached_tokenizers(tuple(names.values()))
+    if names and folder is None:
         raise TokenizerError(
             f"{checkpoint.path}: has no tokenizers: --tokenizers FOLDER names a folder with tokenizer/, "
             "tokenizer_2/ and tokenizer_3/, as every diffusers folder of Stable Diffusion 3 has them"
         )
-    return [folder / name for name in tokenizer_names(settings)]
+    return {name: Path(folder) / own for name, own in names.items()} if folder else {}
 
 
-def load_tokenizers(clip_l: Path, clip_g: Path, t5: Path | None = None) -> dict[str, Any]:
-    return {
-        "tokenizer_l": CLIPTokenizer.load(clip_l),
-        "tokenizer_g": CLIPTokenizer.load(clip_g),
-        "tokenizer_t5": t5 and T5Tokenizer.load(t5),
-    }
+def text_by(variant: Variant, modules: dict[str, Any], folders: dict[str, Path], t5: str) -> EncodesText:
+    """Who reads prompts: the model's encoders, or the variant's own; CheckpointError where that one does not fit."""
+    config = modules["transformer"].config
+    if variant.text is not None:
+        text = variant.text(config)
+        if text.width != config.context_size:
+            raise CheckpointError(
+                f"the variant {variant.name}: texts of width {text.width}, expected {config.context_size}"
+            )
+        return text
+    kinds = {"clip_l": CLIPTokenizer, "clip_g": CLIPTokenizer, "t5": T5Tokenizer}
+    tokenizers = {name: kinds[name].load(folder) for name, folder in folders.items()}
+    return TextEncoder(
+        tokenizers.get("clip_l"),
+        tokenizers.get("clip_g"),
+        tokenizers.get("t5"),
+        *map(modules.get, TOKENIZERS),
+        t5_mode=t5 if "t5" in variant.encoders else "omit",
+        width=config.context_size,
+    )
 
 
 def device_of(settings: Settings) -> torch.device:

@@ -7,7 +7,6 @@ stage is called from, it has the networks for itself until it returns.
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from threading import RLock
 from time import perf_counter
 from typing import Any, TypeVar
@@ -87,8 +86,8 @@ class Stages:
         rows, columns = s.height // cell, s.width // cell
         if config.largest is not None:  # a default may be more than the model can do
             rows, columns = (min(side, config.largest * config.patch_size) for side in (rows, columns))
-        t5_length = 0 if s.t5 == "omit" else s.t5_length
-        job = Job(rows, columns, s.count, s.steps, 1 if s.cfg == 1 else 2, t5_length)
+        t5_length, context = 0 if s.t5 == "omit" else s.t5_length, self.text.length(s.t5_length)
+        job = Job(rows, columns, s.count, s.steps, 1 if s.cfg == 1 else 2, t5_length, context=context)
         return job._replace(attention=s.attention, memory=s.memory, **more)
 
     def plan_for(self, job: Job) -> Plan:
@@ -157,11 +156,11 @@ class Stages:
     def encode(self, texts: list[str], t5_length: int) -> Conditioning:
         """Texts to context `(B, n, context_size)` and pooled vectors `(B, pooled_size)`, in one pass."""
         with self.computing():
-            text = replace(self.text, t5_length=t5_length).encode(texts)
-        clip = text.tokens["clip_l"].shape[1]
+            text = self.text.encode(texts, t5_length)
+        clip = max((ids.shape[1] for name, ids in text.tokens.items() if name.startswith("clip")), default=0)
         self.check_finite(text.context[:, :clip], "CLIP's context")
-        self.check_finite(text.context[:, clip:], "T5's context")
-        self.check_finite(text.pooled, "CLIP's pooled vector")
+        self.check_finite(text.context[:, clip:], "T5's context" if clip else "the text's context")
+        self.check_finite(text.pooled, "CLIP's pooled vector" if clip else "the text's pooled vector")
         return text
 
     def noise(self, width: int, height: int, seeds: Iterable[int]) -> Tensor:

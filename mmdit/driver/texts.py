@@ -26,7 +26,7 @@ def texts_of(s: Settings) -> dict[str, Text]:
 def size(stages: Stages, text: Text) -> int:
     """Bytes of a text, encoded."""
     _, t5_length = text
-    return (stages.text.clip_l.config.max_length + t5_length) * stages.text.width * stages.dtype.itemsize
+    return stages.text.length(t5_length) * stages.text.width * stages.dtype.itemsize
 
 
 def parts(stages: Stages, pictures: Sequence[Settings]) -> Iterator[tuple[list[int], int]]:

@@ -117,7 +117,9 @@ class Activations:
         return found
 
     def _context(self, job: Job) -> int:
-        """Tokens of a picture's text: CLIP's, which the two of them share, and T5's."""
+        """Tokens of a picture's text: CLIP's, which the two of them share, and T5's; or as many as the job says."""
+        if job.context is not None:
+            return job.context
         configs = [self._networks[name].module.config for name in of_role(Role.ENCODES_TEXT, self._networks)]
         return max(config.max_length for config in configs if isinstance(config, CLIPConfig)) + job.t5_length
 

@@ -119,5 +119,5 @@ class Costs:
 def _all_of(role: Role, networks: list[Bytes]) -> Bytes:
     """What the networks of a role take: the most that one of them does, or where they work together, all of them."""
     if role.in_turns:
-        return max(networks, key=lambda network: network.peak)
+        return max(networks, key=lambda network: network.peak, default=Bytes())
     return Bytes(*map(sum, zip(*networks)))

@@ -25,6 +25,7 @@ class Job(NamedTuple):
     attention: str = "auto"  # who computes it, as in `mmdit.attention`
     memory: str = "auto"  # the budget, as a user gives it
     waiting: int = 0  # bytes of the host's memory for texts that are encoded and wait
+    context: int | None = None  # tokens of a text's context; None: as CLIP and T5 give it
 
 
 class Bytes(NamedTuple):

@@ -87,7 +87,7 @@ class Planner:
 
         def more(texts: int) -> int:
             larger = job._replace(texts=texts)
-            return max(encoding(name, larger) - encoding(name, job) for name in encoders)
+            return max((encoding(name, larger) - encoding(name, job) for name in encoders), default=0)
 
         while most > job.texts and plan.peaks["encode"] + more(most) > budget:
             most = -(-most // 2)
