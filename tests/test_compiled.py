@@ -53,7 +53,7 @@ WAYS = [pytest.param(compile_norms, marks=compiler), whole]
 
 @torch.no_grad()
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("config", [DEEP, PLAIN])
+@pytest.mark.parametrize("config", [DEEP, pytest.param(PLAIN, marks=pytest.mark.sweep)])
 def test_float32_velocity_is_the_same(config: Any, way: Callable[[MMDiT], None]) -> None:
     """In several sizes, so that what was compiled for one is not taken for another."""
     plain, _ = transformers(config)

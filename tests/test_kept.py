@@ -173,7 +173,9 @@ def sizes(depth: int, second: tuple[int, ...]) -> list[int]:
         (1, (), 0),
     ],
 )
-@pytest.mark.parametrize(("width", "height", "count", "cfg"), [(512, 512, 1, 4.5), (512, 768, 3, 1)])
+@pytest.mark.parametrize(
+    ("width", "height", "count", "cfg"), [(512, 512, 1, 4.5), pytest.param(512, 768, 3, 1, marks=pytest.mark.sweep)]
+)
 def test_predictions_are_what_is_measured(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, depth: int, second: tuple[int, ...], kept: int,
     width: int, height: int, count: int, cfg: float,

@@ -117,7 +117,8 @@ def measured(
 
 @pytest.mark.parametrize("rung", range(4))
 @pytest.mark.parametrize(
-    ("width", "height", "count", "cfg"), [(512, 512, 1, 4.5), (1440, 1440, 1, 4.5), (512, 768, 3, 1)]
+    ("width", "height", "count", "cfg"),
+    [(512, 512, 1, 4.5), pytest.param(1440, 1440, 1, 4.5, marks=pytest.mark.sweep), (512, 768, 3, 1)],
 )
 def test_predictions_are_what_is_measured(
     full: dict[str, Network], rung: int, width: int, height: int, count: int, cfg: float
