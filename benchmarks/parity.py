@@ -1,9 +1,11 @@
-"""This engine beside diffusers and transformers on one checkpoint: `python -m benchmarks.parity FOLDER`.
+"""This engine beside diffusers and transformers on one checkpoint: `python -m benchmarks.parity MODEL`.
 
-FOLDER is a diffusers folder: the published one, one of `benchmarks.random_checkpoint`, or weights/demo. Every
-component gets the same inputs in both; errors are the norm of the difference over the norm of the reference. With
-`--dtype bf16` both sides are compared with this engine in float32, since two bfloat16 results differ from each other
-by rounding alone; `--direct` compares them with each other all the same, where float32 does not fit into memory.
+MODEL is anything that the engine loads: a diffusers folder (the published one, one of `benchmarks.random_checkpoint`,
+weights/demo), a single file in any layout and number format with the files that it lacks, a model of the hub. For
+diffusers it is converted into a folder where it is none. Every component gets the same inputs in both; errors are the
+norm of the difference over the norm of the reference. With `--dtype bf16` both sides are compared with this engine in
+float32, since two bfloat16 results differ from each other by rounding alone; `--direct` compares them with each other
+all the same, where float32 does not fit into memory.
 """
 
 import argparse
@@ -11,8 +13,10 @@ import copy
 import gc
 import json
 import logging
+import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +25,10 @@ import torch
 from torch import Tensor
 
 from mmdit import Pipeline, Settings
-from mmdit.driver.loading import DTYPES
+from mmdit.driver.loading import DTYPES, SEPARATE
 from samplers import shifted_sigmas
+from weights import published
+from weights.convert import convert
 
 PROMPTS = ["a horse and a bear on a green background", ""]
 Outputs = dict[str, Tensor]
@@ -141,9 +147,27 @@ def freed(make: Callable[[], Outputs]) -> Outputs:
     return out
 
 
-def main() -> None:
+@contextmanager
+def as_folder(args: argparse.Namespace) -> Iterator[Path]:
+    """The model as a diffusers folder, which is all that diffusers reads in every form: converted where it is none."""
+    parts = {part: getattr(args, name) for part, name in SEPARATE.items() if getattr(args, name) is not None}
+    if not parts and (Path(args.model) / "model_index.json").exists():
+        yield Path(args.model)
+        return
+    with tempfile.TemporaryDirectory(prefix="parity-") as work:
+        folder = convert(args.model, Path(work) / "model", "diffusers", args.dtype, parts=parts)
+        if args.tokenizers is not None:
+            there = [part for part, own in published.FOLDERS.items() if (folder / own).is_dir()]
+            shift = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+            published.write_pipeline_files(folder, there, args.tokenizers, None, scheduler=shift)
+        yield folder
+
+
+def main(arguments: Any = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("model", metavar="FOLDER|FILE|ID", help="anything that this engine loads")
+    for name in (*SEPARATE.values(), "tokenizers"):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=Path, help="as in mmdit.run")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--width", type=int)
     parser.add_argument("--height", type=int)
@@ -154,13 +178,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where both sides compute")
     parser.add_argument("--direct", action="store_true", help="do not compute in float32, compare directly")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore", FutureWarning)
     torch.backends.cudnn.allow_tf32 = False  # or a GPU rounds the inputs of the other side's convolutions
 
     def load(dtype: str) -> Pipeline:
-        return Pipeline.load(args.folder, dtype=dtype, device=args.device, t5=args.t5)
+        parts = {name: getattr(args, name) for name in (*SEPARATE.values(), "tokenizers")}
+        return Pipeline.load(args.model, dtype=dtype, device=args.device, t5=args.t5, **parts)
 
     pipe: Pipeline | None = load(args.dtype)
     wanted = {name: getattr(args, name) for name in ("width", "height", "steps", "cfg", "t5_length", "seed")}
@@ -168,11 +193,12 @@ def main() -> None:
     mine = ours(pipe, inputs)
     pipe = None  # one model at a time: two of full size in float32 are more than most machines hold
 
-    other = freed(lambda: theirs(args.folder, DTYPES[args.dtype], args.device, inputs))
+    with as_folder(args) as folder:
+        other = freed(lambda: theirs(folder, DTYPES[args.dtype], args.device, inputs))
     direct = args.direct or args.dtype == "fp32"
     reference = other if direct else ours(load("fp32"), inputs.at("fp32"))
     where = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
-    print(f"{args.folder}, {args.dtype}, {where}, torch {torch.__version__}")
+    print(f"{args.model}, {args.dtype}, {where}, torch {torch.__version__}")
     report: dict[str, Any] = {"dtype": args.dtype}
     if direct:
         print(f"{'component':16} error against diffusers and transformers")

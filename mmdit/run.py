@@ -115,8 +115,9 @@ def draw(
         sweep(folder)
     traces = [] if dump is None else [Trace()]
     with Saver(give) as save:
-        for i, image in Drawing(pipeline, pictures, traces, seconds):
-            save(image, replace(pictures[i], **pipeline.actual), paths[i])
+        drawing = Drawing(pipeline, pictures, traces, seconds)
+        for i, image in drawing:
+            save(image, drawing.settings[i], paths[i])
     seconds["save"] = save.waited
     if dump is not None:
         from safetensors.torch import save_file
@@ -124,7 +125,7 @@ def draw(
         start = time.perf_counter()
         save_dump(lambda path: save_file(traces[0].tensors, path), Path(dump).expanduser())
         seconds["save"] += time.perf_counter() - start
-        give(dump)
+        give(Path(dump).expanduser())
 
 
 def begin() -> None:

@@ -20,7 +20,7 @@ def classifier_free_guidance(scale: float, interval: tuple[float, float] = (0.0,
     at others the prompt is predicted alone. Scale 1 equals the prompt's prediction alone, which costs half: take
     `unguided` then.
     """
-    low, high = interval
+    (low, high), scale = interval, float(scale)  # a whole number may be more than a tensor takes
 
     def guide(x: Tensor, sigma: Tensor) -> Guiding:
         if not low <= float(sigma) <= high:

@@ -136,8 +136,16 @@ def warn_of_cuts(batches: dict[str, Tokens], warn: Callable[[str], object]) -> N
     for i in range(max(len(batch.lost) for batch in batches.values())):
         losers: dict[tuple[str, int], list[str]] = {}
         for key, batch in batches.items():
-            lost, length = " ".join(batch.lost[i].split()), batch.ids.shape[1]
+            lost, length = shortened(" ".join(batch.lost[i].split())), batch.ids.shape[1]
             if lost:
                 losers.setdefault((lost, length), []).append(names[key])
         for (lost, length), encoders in losers.items():
             warn(f'prompt too long for the {length} tokens of {" and ".join(encoders)}, which lost "{lost}"')
+
+
+def shortened(text: str) -> str:
+    """Both ends of a text that is too long for a line."""
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]} ... {text[-_SHOWN // 2 :]}"
+
+
+_SHOWN = 300

@@ -2,8 +2,8 @@
 
 A copy, on another machine for one, is the same; another file under the same name is not. Small files count with every
 byte. Of large ones, which take longer to read than the pictures may take to draw, blocks spread over the whole file
-count: whatever was trained differs in all of them, and no matrix of the published models is small enough to lie between
-two. A large file that was changed by hand in a few numbers may be taken for what it was.
+count: whatever was trained as a whole differs in all of them. A large file of which only a few numbers, or one small
+matrix, were changed may be taken for what it was.
 """
 
 import hashlib

@@ -4,7 +4,8 @@ import argparse
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 from tqdm import tqdm
@@ -24,13 +25,26 @@ class Parser(argparse.ArgumentParser):
 
 def say(text: str) -> None:
     """One line for people, on standard error, above the progress bar; standard output is for results alone."""
-    tqdm.write(one_line(text), file=sys.stderr)
+    with suppress(BrokenPipeError):  # nobody reads it; the results may still be wanted
+        tqdm.write(one_line(text), file=sys.stderr)
 
 
 def give(result: object) -> None:
     """One line of results, on standard output, at once: who reads from a pipe does not wait for the end."""
-    tqdm.write(one_line(str(result)), file=sys.stdout)
-    sys.stdout.flush()
+    with standard_output():
+        tqdm.write(one_line(str(result)), file=sys.stdout)
+        sys.stdout.flush()
+
+
+@contextmanager
+def standard_output() -> Iterator[None]:
+    """What goes wrong with it is a UserError, but for a reader who has left."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(f"standard output: {error.strerror or error}") from None
 
 
 def exit_code(work: Callable[[], None], interrupted: str) -> int:
@@ -42,7 +56,8 @@ def exit_code(work: Callable[[], None], interrupted: str) -> int:
             try:
                 work()
             finally:
-                sys.stdout.flush()  # a closed pipe is noticed here, not when Python has ended
+                with standard_output():
+                    sys.stdout.flush()  # a closed pipe is noticed here, not when Python has ended
         except UserError as error:
             say(f"error: {error}")
             return MISTAKE
@@ -56,9 +71,17 @@ def exit_code(work: Callable[[], None], interrupted: str) -> int:
 
 def program(main: Callable[[], int]) -> NoReturn:
     """Run `main` as a process of its own, and end with its exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names that a terminal cannot show
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever called
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        getattr(sys, name).reconfigure(errors="backslashreplace")  # names that a terminal cannot show
     code = main()
-    if code == CLOSED_PIPE:  # at its end Python tries once more to write what is left, and would say so
+    try:
+        sys.stdout.flush()
+    except OSError:
+        full = True
+    else:
+        full = False
+    if code == CLOSED_PIPE or full:  # at its end Python tries once more to write what is left, and would say so
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)

@@ -47,6 +47,7 @@ class Parts(NamedTuple):
     def check(self, settings: Settings) -> Settings:
         """The settings with the model's defaults, dtype and files; SettingsError for what this model cannot do."""
         settings = replace(settings.resolved(self.defaults), dtype=self.dtype_name, weights=self.weights)
+        check_there(settings, self.device, self.dtype)
         modules = {name: network.module for name, network in self.networks.items()}
         check_size(settings, modules["transformer"].config, modules["vae"].config.downscale)
         return settings

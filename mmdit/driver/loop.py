@@ -111,12 +111,14 @@ class Canvas:
         attention = self.on_way[0].settings.attention
         velocities = self._stages.predict(latents, [row for row, _, _ in asked], attention).split(1)
         found = {(id(picture), row.text): one for (row, picture, _), one in zip(asked, velocities)}
-        for picture in self.on_way:
-            assert picture.asked is not None
-            picture.answer([found[id(picture), picture.texts[name]] for name in picture.asked.texts])
-        now = [picture for picture in self.on_way if not picture.stopped]
-        self.done += [picture for picture in now if picture.asked is None]
-        self.on_way = [picture for picture in now if picture.asked is not None]
+        try:
+            for picture in self.on_way:
+                assert picture.asked is not None
+                picture.answer([found[id(picture), picture.texts[name]] for name in picture.asked.texts])
+        finally:  # those before one that failed may be done
+            now = [picture for picture in self.on_way if not picture.stopped]
+            self.done += [picture for picture in now if picture.asked is None]
+            self.on_way = [picture for picture in now if picture.asked is not None]
 
     def _prepare(self, pictures: list[Picture]) -> None:
         """Have the texts of these pictures ready at the noise levels that they still ask for."""
@@ -148,6 +150,7 @@ class Drawing:
         """
         self._stages, self.pictures = stages, pictures
         self._seconds = {} if seconds is None else seconds
+        self.settings: dict[int, Settings] = {}  # of the pictures begun: what each was drawn by
         self._watchers, self._ended = [Finite(stages), *watchers], False
         for s in {kind(s): s for s in pictures}.values():
             with stages.turn:
@@ -170,8 +173,7 @@ class Drawing:
                         yield from self._draw(alike, texts, waiting)
             finally:
                 self._watchers.remove(bar)
-                with stages.turn:
-                    stages.residency.use(None)
+                stages.let_go()
 
     def _draw(self, alike: list[int], texts: Texts, waiting: int) -> Iterator[tuple[int, Image.Image]]:
         """The pictures with these indices, which are of one kind. waiting: bytes of `texts`."""
@@ -186,14 +188,14 @@ class Drawing:
             with self._stages.turn:
                 self._stages.follow(plan, job)
                 self._stages.stage("denoise", job, self._seconds, partial(self._denoise, canvas, queue, texts))
-                plan = self._stages.plan  # a smaller one where memory ran out
+                plan = self._stages.ended_with  # a smaller one where memory ran out
             while canvas.done and not self._ended:
                 picture = canvas.done.pop(0)
                 with self._stages.turn:
                     if self._stages.plan is not plan:  # the networks were used for something else meanwhile
                         self._stages.follow(plan, job)
                     image = self._decode(picture, job)
-                    plan = self._stages.plan
+                    plan = self._stages.ended_with
                 if not picture.stopped:
                     yield picture.index, image
 
@@ -213,7 +215,7 @@ class Drawing:
         canvas.leave()
 
     def _begin(self, index: int, texts: Texts) -> Picture:
-        s = self.pictures[index]
+        s = self.settings[index] = replace(self.pictures[index], **self._stages.actual)
         assert s.width and s.height and s.steps
         sigmas = shifted_sigmas(s.steps, self._stages.shift)
         noise = self._stages.noise(s.width, s.height, [s.seed]).to(self._stages.device)
@@ -231,9 +233,9 @@ class Drawing:
         return image
 
     def _tell(self, picture: Picture, event: Event) -> None:
-        for watcher in self._watchers:
+        for watcher in self._watchers if not self._ended else ():
             event.tell(watcher)
-        picture.stopped |= event.stopped
+        picture.stopped |= event.stopped or self._ended
         self._ended |= event.ended
 
     # ---- memory ----------------------------------------------------------------------------------

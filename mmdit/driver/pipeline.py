@@ -6,7 +6,7 @@
 Its stages can be called one by one as well (`mmdit.driver.stages`).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -119,11 +119,16 @@ class Pipeline(Stages):
         an order of its own, with its settings: all filled in, count 1. Raises one of USER_ERRORS, before anything is
         drawn for what cannot be asked for.
         """
-        asked = [{"prompt": entry} if isinstance(entry, str) else entry for entry in pictures]
+        if isinstance(pictures, str | Mapping | Settings):
+            raise SettingsError("draw_many takes a list: of prompts, of dicts or of Settings")
+        asked: list[Any] = [{"prompt": entry} if isinstance(entry, str) else entry for entry in pictures]
+        for entry in asked:
+            if not isinstance(entry, Mapping | Settings):
+                raise SettingsError(f"draw_many: {entry!r:.60}: expected a prompt, a dict or a Settings")
         every = [e if isinstance(e, Settings) else self.asked({**keywords, **e}) for e in asked]
         each = [s for some in map(self.check, every) for s in alone(some)]
         drawing = self.drawing(each, watching(on_step))
-        return ((replace(each[i], **self.actual), image) for i, image in drawing)
+        return ((drawing.settings[i], image) for i, image in drawing)
 
     def drawing(
         self, pictures: Sequence[Settings], watchers: Sequence[Watcher] = (), seconds: dict[str, float] | None = None

@@ -48,7 +48,7 @@ def read_prompts(path: str | Path, base: Settings) -> list[Line]:
                 folders.add(settings.out)
             for i in range(settings.count) if is_file(settings.out) else ():
                 file = picture_path(settings, i, settings.count)
-                other = files.setdefault(file, line._replace(settings=settings))
+                other = files.setdefault(os.path.realpath(file), line._replace(settings=settings))
                 if other.settings != settings:
                     raise SettingsError(f"out: {file} is also where {other.where.removeprefix(f'{path}: ')} goes")
             lines.append(line._replace(settings=settings))
@@ -119,7 +119,7 @@ class Folders:
 
     def __init__(self) -> None:
         self._files: dict[str, dict[str, list[Path]]] = {}  # by folder and by stem
-        self._drawn: dict[Path, object] = {}  # what a picture shows, by its file
+        self._drawn: dict[str, object] = {}  # what a picture shows, by its file, however that is spelled
         self._promised: set[object] = set()
 
     def missing(self, wanted: Iterable[Settings]) -> list[tuple[Settings, Path]]:
@@ -141,23 +141,28 @@ class Folders:
         if is_file(settings.out):
             path = picture_path(settings, index, count)
             return None if self._shown(path) == shown else self._promise(path, shown)
-        folder = os.path.abspath(os.path.expanduser(settings.out))
+        folder = os.path.realpath(os.path.expanduser(settings.out))
         if (folder, shown) in self._promised or any(
             self._shown(p) == shown for p in self._like(folder, stem(settings))
         ):
             return None
         self._promised.add((folder, shown))
-        return self._promise(picture_path(settings, taken=self._drawn), shown)
+        return self._promise(picture_path(settings, taken=self), shown)
+
+    def __contains__(self, path: object) -> bool:
+        """Whether something is going to be in this file, or was looked at there."""
+        return os.path.realpath(str(path)) in self._drawn
 
     def _promise(self, path: Path, shown: object) -> Path:
-        self._drawn[path] = shown
+        self._drawn[os.path.realpath(path)] = shown
         return path
 
     def _shown(self, path: Path) -> object:
-        if path not in self._drawn and path.exists():
+        real = os.path.realpath(path)
+        if real not in self._drawn and path.exists():
             settings = settings_in(path)
-            self._drawn[path] = settings and identity(settings)
-        return self._drawn.get(path)
+            self._drawn[real] = settings and identity(settings)
+        return self._drawn.get(real)
 
     def _like(self, folder: str, wanted: str) -> list[Path]:
         """The files that bear this name, with or without a number."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mmdit.attention import attention_by
 from mmdit.common.errors import SettingsError
-from mmdit.driver.loading import Parts, check_there, part_dtype
+from mmdit.driver.loading import Parts, part_dtype
 from mmdit.driver.settings import LOADED, Settings
 from mmdit.kernels.process import Switch
 from mmdit.memory.budget import DeviceMemoryError, budget_of, memory_errors
@@ -46,7 +46,8 @@ class Stages:
     def __init__(self, parts: Parts, settings: Settings) -> None:
         """settings: what loading fixed is read from it (`LOADED`).
 
-        `plan` is what is on the device when; `turn` is held by whoever uses the networks.
+        `plan` is what is on the device when, `ended_with` the plan that the last stage was done by; `turn` is held by
+        whoever uses the networks.
         """
         networks = parts.networks
         self.transformer: MMDiT = networks["transformer"].module
@@ -57,6 +58,7 @@ class Stages:
         self.residency, self.planner = Residency(networks), Planner(networks, self.device, self.dtype)
         self.turn = self.adapters.turn = _CPU if self.device.type == "cpu" else RLock()
         self._attention = "auto"  # that of the transformer as it was built
+        self._inside, self._let_go = 0, False
 
     # ---- settings --------------------------------------------------------------------------------
 
@@ -73,9 +75,7 @@ class Stages:
             value, fixed = getattr(settings, name), getattr(self.settings, name)
             if value != fixed and value != self.actual.get(name, fixed):
                 raise SettingsError(f"{name} is fixed when the model is loaded: give it to Pipeline.load")
-        settings = self.parts.check(settings)
-        check_there(settings, self.device, self.dtype)
-        return settings
+        return self.parts.check(settings)
 
     # ---- memory ----------------------------------------------------------------------------------
 
@@ -114,23 +114,25 @@ class Stages:
 
     def again(self, name: str, job: Job, work: Callable[[], T]) -> T:
         """What `work` gives; where memory runs out, take the next smaller plan and call it once again."""
-        failures = 0
+        failures, mine = 0, self.plan  # a watcher may draw by another plan meanwhile
         while True:
             try:
                 if failures:
                     self.arrange()
-                return work()
+                result = work()
+                self.ended_with = mine
+                return result
             except DeviceMemoryError as error:
                 failures, told = failures + 1, str(error)  # not the error itself: it holds all that the attempt made
             self.residency.use(None)
             self.residency.drop()  # it may have been the host's memory that ran out
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()  # libraries that ask the driver for memory see none of what PyTorch holds
-            plan = self.planner.smaller(job, self.plan, name) if failures == 1 else None
+            plan = self.planner.smaller(job, mine, name) if failures == 1 else None
             if plan is None:
                 raise DeviceMemoryError(told)
             warnings.warn(f"{name}: memory ran out; trying again with less: {plan}", stacklevel=3)
-            self.plan = plan
+            self.plan = mine = plan
 
     def stage(self, name: str, job: Job, seconds: dict[str, float], work: Callable[[], T]) -> T:
         """Add a stage's time to `seconds`; where memory runs out, `work` is called once `again`."""
@@ -148,7 +150,23 @@ class Stages:
         """In turn, and with convolutions as exact as the number format."""
         exact = self.dtype == torch.float32 and torch.cuda.is_available()
         with self.turn, exact_convolutions if exact else nullcontext():
-            yield
+            self._inside += 1
+            try:
+                yield
+            finally:
+                self._inside -= 1
+                if self._let_go and not self._inside:
+                    self.let_go()
+
+    def let_go(self) -> None:
+        """Nothing is to be computed for now: networks that do not stay leave the device.
+
+        Where this thread computes, which happens when an abandoned drawing is collected, they do so after it.
+        """
+        with self.turn:
+            self._let_go = self._inside > 0
+            if not self._let_go:
+                self.residency.use(None)
 
     # ---- stages ----------------------------------------------------------------------------------
 

@@ -33,16 +33,20 @@ def parts(stages: Stages, pictures: Sequence[Settings]) -> Iterator[tuple[list[i
     """The list in parts whose texts, encoded, are few enough to keep, each with the bytes of these texts."""
     part: list[int] = []
     texts: dict[Text, int] = {}
+    budgets = {memory: budget_of(memory, stages.device) for memory in {s.memory for s in pictures}}
+    taken = 0
     for i, s in enumerate(pictures):
-        most = min(_KEPT * budget_of(s.memory, stages.device), _KEPT_AT_MOST)
-        new = {text: size(stages, text) for text in texts_of(s).values()}
-        if part and sum((texts | new).values()) > most:
-            yield part, sum(texts.values())
-            part, texts = [], {}
+        most = min(_KEPT * budgets[s.memory], _KEPT_AT_MOST)
+        new = {text: size(stages, text) for text in texts_of(s).values() if text not in texts}
+        if part and taken + sum(new.values()) > most:
+            yield part, taken
+            part, texts, taken = [], {}, 0
+            new = {text: size(stages, text) for text in texts_of(s).values()}
         part.append(i)
         texts |= new
+        taken += sum(new.values())
     if part:
-        yield part, sum(texts.values())
+        yield part, taken
 
 
 def encode(stages: Stages, pictures: Sequence[Settings], waiting: int, seconds: dict[str, float]) -> Texts:
