@@ -118,6 +118,7 @@ def judge_itself(count: int, seed: int, vae: Any = None) -> float:
 
 def sheet(pictures: np.ndarray, path: Path, columns: int = 8) -> None:
     """Save the first pictures as one."""
+    columns = min(columns, len(pictures))
     rows = min(len(pictures) // columns, 6)
     n, (h, w) = rows * columns, pictures.shape[1:3]
     grid = pictures[:n].reshape(rows, columns, h, w, 3).transpose(0, 2, 1, 3, 4).reshape(rows * h, columns * w, 3)
