@@ -228,3 +228,13 @@ def test_what_cannot_be_captured_is_told(given: dict[str, Any], said: str, pipe:
 def test_what_cannot_be_ablated_is_told(given: Any, said: str, pipe: Pipeline) -> None:
     with pytest.raises(SettingsError, match=said), ablate(pipe.transformer, *given):
         pass
+
+
+def test_a_pipeline_has_them_as_methods(pipe: Pipeline) -> None:
+    plain = drawn(pipe)["latents.1"]
+    with pipe.capture(("mlp",), blocks=(1,)) as seen, pipe.ablate("joint_blocks.2"):
+        changed = drawn(pipe)["latents.1"]
+    assert seen["mlp"].keys() == {(0, 1), (1, 1)}
+    assert not torch.equal(plain, changed)
+    with pipe.patch(seen, "mlp", (1,)), pipe.ablate("joint_blocks.2"):
+        assert torch.equal(drawn(pipe)["latents.1"], changed)
