@@ -46,7 +46,7 @@ class Seen(dict[str, dict[Key, Tensor]]):
         self.limit, self.bytes = limit, 0
 
     def keep(self, name: str, step: int, block: int, value: Tensor) -> None:
-        self.bytes += value.nbytes
+        self.bytes += value.numel() * value.element_size()
         if self.bytes > self.limit:
             raise SettingsError(
                 f"captured tensors take more than {told(self.limit)}: expected fewer blocks, steps or kinds, "

@@ -55,7 +55,8 @@ class Variant(NamedTuple):
 
 
 PLAIN = Variant("", MMDiTConfig, MMDiT, "mmdit.model", None)
-_known: dict[str, Variant] = {}
+_known: dict[str, Variant] = {}  # by name, the last of each
+_made: dict[tuple[str, str], Variant] = {}  # by module and name
 
 
 def variant(
@@ -74,7 +75,8 @@ def variant(
     def register(make: Made) -> Made:
         file = getattr(sys.modules.get(make.__module__), "__file__", None)
         own = () if text else tuple(e for e in ENCODERS if e in encoders)
-        _known[name] = Variant(name, config, make, make.__module__, file and Path(file), own, text)
+        found = Variant(name, config, make, make.__module__, file and Path(file), own, text)
+        _known[name] = _made[make.__module__, name] = found
         return make
 
     return register
@@ -99,7 +101,7 @@ def load(text: str) -> Variant:
         raise SettingsError(f"variant: no module {text}: expected a file NAME.py or a module's dotted name") from None
     except Exception as error:
         raise _failed(text, error) from error
-    found = [v for v in _known.values() if v.module == name]
+    found = [v for (module, _), v in _made.items() if module == name]
     if len(found) != 1:
         what = f"registers {', '.join(v.name for v in found)}: expected one" if found else "registers no variant"
         raise SettingsError(f"variant: {text} {what}; one stands under @variant(NAME) of mmdit.variants")
@@ -111,8 +113,8 @@ def _run(path: Path) -> str:
     if not path.is_file():
         raise SettingsError(f"variant: {path}: no such file")
     name = f"variant_{path.resolve()}"
-    for old in [key for key, v in _known.items() if v.module == name]:
-        del _known[old]
+    for old in [key for key in _made if key[0] == name]:
+        del _made[old]
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = sys.modules[name] = importlib.util.module_from_spec(spec)

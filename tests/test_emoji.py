@@ -38,7 +38,7 @@ from benchmarks.emoji.train_vae import CONFIG, cropped
 from mmdit import Pipeline
 from mmdit.config import TOY
 from mmdit.driver.loading import DEMO
-from mmdit.model import SelfAttention
+from mmdit.model import SelfAttention, Tokens
 from vae.autoencoder import Autoencoder
 
 needs_font = pytest.mark.skipif(not FONT.exists(), reason="needs the Debian package fonts-noto-color-emoji")
@@ -197,7 +197,7 @@ def test_lean_attention_has_pytorchs_gradients() -> None:
     module = SelfAttention(TOY)
 
     def gradients() -> list[Tensor]:
-        y = module.attend(q, k, v)
+        y = module.attend(q, k, v, Tokens(0, 2, 3))
         return [y.detach(), *torch.autograd.grad(y, [q, k, v], seed)]
 
     expected = gradients()

@@ -42,7 +42,8 @@ def mlp(self: MLP, x: Tensor) -> Tensor:
     """What `plain_mlp` gives, the first layer and GELU in one."""
     first: Any = self.fc1
     ours = getattr(vars(first).get("forward"), "__func__", None) is linear
-    if forward_is(self, plain_mlp) and ours and not seen(first) and suits(first, x):
+    plain = ours and type(first).forward is nn.Linear.forward and not seen(first)
+    if plain and forward_is(self, plain_mlp) and suits(first, x):
         return self.fc2(fused(first, x, "gelu", "tanh"))
     return type(self).forward(self, x)
 

@@ -29,14 +29,30 @@ def on_meta(module: Callable[[Any], Any], config: Any, dtype: torch.dtype | None
 
 
 def emptied(module: nn.Module) -> Any:
-    """A copy of a module as it is now, without memory and without hooks."""
+    """A copy of a module as it is now, without memory and without hooks.
+
+    Functions in the places of methods, which may hold the original, are left out; methods bound to their module stay.
+    """
     known: dict[int, Any] = {}
+    strange: list[tuple[int, str]] = []  # the number of a module, and the name there
     for parameter in module.parameters():
         known[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
     for buffer in module.buffers():
         known[id(buffer)] = torch.empty_like(buffer, device="meta")
-    for part in module.modules():
+    for i, part in enumerate(module.modules()):
         for name, value in vars(part).items():
             if name.endswith("_hooks"):  # what they see is whoever put them there's
                 known[id(value)] = OrderedDict()
-    return deepcopy(module, known)
+            elif callable(value) and callable(getattr(type(part), name, None)) and _of(value) is not part:
+                known[id(value)] = value
+                strange.append((i, name))
+    found = deepcopy(module, known)
+    parts = list(found.modules())
+    for i, name in strange:
+        del vars(parts[i])[name]
+    return found
+
+
+def _of(function: Any) -> Any:
+    """What a method is bound to."""
+    return getattr(function, "__self__", None)
