@@ -18,6 +18,8 @@ from mmdit.memory.residency import Mode
 from mmdit.run import main
 from mmdit.variants import PLAIN, Variant, config_json
 from weights import CheckpointError
+from weights.convert import convert
+from weights.inspect import inspect
 
 FILES = sorted(path for path in Path(check_variant.__file__).with_name("variants").glob("*.py") if path.stem[0] != "_")
 HEADER = """
@@ -223,6 +225,27 @@ def test_a_variant_that_is_not_at_hand_is_named(tmp_path: Path) -> None:
         file.write_text(json.dumps(config | {"louder": "x", "other": 1}))
         with pytest.raises(CheckpointError, match=r"config.json has other, which the variant mine does not know"):
             Pipeline.load(folder, variant=str(tmp_path / "mine.py"), t5="off")
+
+
+def test_it_is_inspected_and_converted_without_its_code(tmp_path: Path) -> None:
+    """Into another number format; a single file has no place for what it is."""
+    path = next(p for p in FILES if p.stem == "rope")
+    with folder_of(variants.load(str(path))) as folder:
+        shutil.rmtree(folder / "text_encoder_3")
+        variants._known.pop("rope")
+        found = inspect(folder)
+        assert (found["model"], found["load"]["loads"]) == (None, True)
+        assert found["load"]["needs"] == ["--variant FILE"]
+        assert "another architecture than SD3's, the variant 'rope'" in found["notes"]
+        convert(folder, tmp_path / "half", layout="diffusers", dtype="bf16")
+        one, other = (Pipeline.load(f, variant=str(path), dtype="bf16", t5="off") for f in (folder, tmp_path / "half"))
+        small = {"width": 64, "height": 64, "steps": 1, "t5_length": 4}
+        assert one("a horse", **small)[0].tobytes() == other("a horse", **small)[0].tobytes()
+        for name in ("text_encoder", "text_encoder_2"):  # what else a single file would have no place for
+            shutil.rmtree(folder / name)
+        (folder / "vae" / "config.json").unlink()
+        with pytest.raises(CheckpointError, match="transformer: variant is 'rope'; readers of a single file"):
+            convert(folder, tmp_path / "file.safetensors", layout="single-file", dtype="bf16")
 
 
 # ---- text encoders -------------------------------------------------------------------------------

@@ -238,11 +238,16 @@ def _new_shape(entry: Entry, shape: tuple[int, ...]) -> tuple[int, ...]:
 def _check_taken_for_granted(checkpoint: Checkpoint, values: Values) -> None:
     """CheckpointError where the folder says of itself what a single file cannot, and it is not what readers assume."""
     scheduler = {"shift": 3.0, **(checkpoint.scheduler or {})}
-    told = [] if scheduler["shift"] == 3.0 else [("scheduler: shift", scheduler["shift"], 3.0)]
+    told: list[tuple[str, Any, Any]] = (
+        [] if scheduler["shift"] == 3.0 else [("scheduler: shift", scheduler["shift"], 3.0)]
+    )
     told += [(f"scheduler: {name}", *values) for name, *values in published.other_schedule(scheduler)]
+    variant = (checkpoint.config("transformer") or {}).get("variant")
+    if variant is not None:
+        told.insert(0, ("transformer: variant", variant, "the published architecture"))
     for part, keys in _UNTOLD.items():
         config = checkpoint.config(part) if part in values.shapes else None
-        if config:
+        if config and "variant" not in config:
             usual = {**_config(part, values.shapes[part], checkpoint), "attention_head_dim": 64}
             told += [(f"{part}: {k}", config[k], usual[k]) for k in keys if k in config and config[k] != usual[k]]
     if told:
@@ -317,8 +322,11 @@ def _write_folder(
 
 def _new_config(part: str, pieces: list[Piece], checkpoint: Checkpoint, values: Values) -> dict[str, Any]:
     """The input's own config.json where it has one, for what shapes do not tell."""
+    config = checkpoint.config(part)
+    if config is not None and "variant" in config:  # of which only its own file knows what shapes mean
+        return config
     derived = _config(part, values.shapes[part], checkpoint)
-    config = checkpoint.config(part) or derived
+    config = config or derived
     if part.startswith("clip"):  # a projection may have been added
         config |= {key: derived[key] for key in ("architectures", "projection_dim")}
     if published.STEMS[part] == "model":

@@ -254,14 +254,18 @@ def _shards(path: Path, stem: str) -> dict[str, Any]:
 def _checkpoint(path: Path, checkpoint: Checkpoint, parts: list[dict[str, Any]], notes: list[str]) -> dict[str, Any]:
     """Something with a transformer, as the loader sees it."""
     missing = [name for name in COMPONENTS if name not in checkpoint.components]
-    reasons, model = ["has no transformer"] if "transformer" in missing else [], None
+    reasons, model, variant = ["has no transformer"] if "transformer" in missing else [], None, None
     for name in checkpoint.components:
         component, reason = _tried(lambda name=name: checkpoint.component(name))
         if component is not None and name == "transformer":
-            model, reason = _model(component)
+            variant = (component.config or {}).get("variant")
+            model, reason = _model(component) if variant is None else (None, None)
         reasons += [reason] if reason else []
     needs = [f"{OPTIONS[name]} FILE" for name in missing if name != "transformer"]
     needs += [] if checkpoint.tokenizers else ["--tokenizers FOLDER"]
+    if variant is not None:  # which networks it reads texts with, its file says
+        needs = ["--variant FILE"] + [need for need in needs if not need.startswith(("--clip", "--t5"))]
+        notes += [one_line(f"another architecture than SD3's, the variant {variant!r:.60}")]
     notes += [_NOTES["t5"]] if "t5" in missing else []
     notes += [_NOTES[model]] if model in _NOTES else []
     load = _load(["--model", str(path)], needs, "; ".join(reasons) or None)
