@@ -6,13 +6,14 @@ bounds are arithmetic, as decoding is (`vae.memory`); they hold for the transfor
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from mmdit.attention import attention_by
 from mmdit.memory.devices import locked_bytes
-from mmdit.memory.empty import emptied
+from mmdit.memory.empty import emptied, on_meta
 from mmdit.memory.meter import held_bytes, peak_bytes
 from mmdit.memory.plan import Job
 from mmdit.memory.residency import Network, Role, of_role
@@ -33,16 +34,19 @@ class Activations:
         """dtype: of the latents, as the networks that denoise are given them."""
         self._networks, self._device, self._dtype = networks, device, dtype
         self._measured: dict[tuple[object, ...], int] = {}
+        self._copies: dict[str, Any] = {}
 
     # ---- encoding --------------------------------------------------------------------------------
 
     def encoding(self, name: str, job: Job) -> int:
         """Bytes for the texts of one picture, all at once."""
-        network = self._networks[name]
-        length = self._tokens(name, job)
+        network, length = self._networks[name], self._tokens(name, job)
 
         def encode() -> int:
-            module = emptied(network.module)
+            if network.editable:
+                module = self._empty(name)
+            else:  # what a layer leaves behind takes no more after twenty of these encoders' layers than after two
+                module = on_meta(type(network.module), replace(network.module.config, num_layers=2), _dtype(network))
             return peak_bytes(module, torch.zeros(job.texts, length, dtype=torch.long, device="meta"))
 
         return self._once((name, job.texts, length), encode)
@@ -68,7 +72,7 @@ class Activations:
 
     def _told(self, name: str, rows: int) -> int:
         """Bytes of what every block is told for so many noise levels and texts."""
-        model = emptied(self._networks[name].module)
+        model = self._empty(name)
         sigma = torch.empty(rows, device="meta")
         pooled = torch.empty(rows, model.config.pooled_size, dtype=self._dtype, device="meta")
         return held_bytes(model.modulations, sigma, pooled)
@@ -84,7 +88,7 @@ class Activations:
         """Bytes for one step of `batch` pictures, without the table."""
 
         def measure() -> int:
-            model = emptied(self._networks[name].module)
+            model = self._empty(name)
             attention_by(model, job.attention)
             return peak_bytes(self._step, model, job, batch) - self._told(name, job.texts * (batch if job.apart else 1))
 
@@ -144,6 +148,15 @@ class Activations:
         network = self._networks[name]
         places, numbers = locked_places(network.module.config, job.rows, job.columns)
         return places * locked_bytes(numbers * _dtype(network).itemsize)
+
+    def _empty(self, name: str) -> Any:
+        """A network as it is now, to be run without memory."""
+        network = self._networks[name]
+        if network.editable:
+            return emptied(network.module)
+        if name not in self._copies:
+            self._copies[name] = emptied(network.module)
+        return self._copies[name]
 
     def _once(self, key: tuple[object, ...], measure: Callable[[], int]) -> int:
         if key not in self._measured or any(network.editable for network in self._networks.values()):

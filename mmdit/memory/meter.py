@@ -1,7 +1,7 @@
 """How much memory a computation takes at its peak, by running it without memory: on PyTorch's "meta" device."""
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -31,11 +31,12 @@ class Meter(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:  # fmt: skip
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for made in tree_leaves(result):
-            if isinstance(made, Tensor) and made.is_meta and made.untyped_storage()._cdata not in given:
-                self._see(made.untyped_storage())
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        given = {t.untyped_storage()._cdata for t in tensors((*args, *kwargs.values()))}
+        for made in tensors((result,)):
+            if made.is_meta and (storage := made.untyped_storage())._cdata not in given:
+                self._see(storage)
         return result
 
     def _see(self, storage: UntypedStorage) -> None:
@@ -50,6 +51,15 @@ class Meter(TorchDispatchMode):
     def _forget(self, key: int, nbytes: int) -> None:
         self._seen.discard(key)
         self.now -= nbytes
+
+
+def tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Those among values, and in lists and tuples of them; quicker than PyTorch's own way, which knows more kinds."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from tensors(value)
 
 
 class FusedAttention(TorchFunctionMode):
