@@ -26,7 +26,7 @@ from mmdit.memory.planner import Planner
 from mmdit.memory.residency import Network, Residency
 from weights import Source
 
-JOB = Job(8, 12, 1, 3, 2, 20)
+JOB = Job(8, 12, 1, 3, 2, 20, context=97)
 AGAIN = r"^loading: memory ran out; trying again with less: "
 NO_MORE = r"^loading: the device's memory does not suffice; try --quantise int8, --t5 off, a smaller picture, or "
 

@@ -82,6 +82,7 @@ def load_parts(settings: Settings) -> Parts:
             raise CheckpointError(f"{checkpoint.path}: has no {name}, which a picture needs; {option}{hint}")
     shift = shift_of(checkpoint)
     folders = tokenizer_folders(settings, checkpoint, wanted)
+    tokenizers = {name: _TOKENIZERS[name].load(folder) for name, folder in folders.items()}
     components |= {name: checkpoint.component(name) for name in wanted}
     modules |= {name: build(components[name]) for name in wanted if name != "transformer"}
     check_together(components, modules)
@@ -94,7 +95,7 @@ def load_parts(settings: Settings) -> Parts:
         networks[name] = Network(name, modules[name], source, device)
     adapters = Adapters({name: network for name, network in networks.items() if name != "vae"})
     planned = [adapters.plan(split_lora(lora)[0]).report.path for lora in settings.lora]
-    text = text_by(made, modules, folders, settings.t5)
+    text = text_by(made, modules, tokenizers, settings.t5)
     configs = {name: module.config for name, module in modules.items()}
     fingerprint = of_model(components, configs, shift, folders.values(), [made.file] if made.file else [])
     weights = with_adapters(fingerprint, [of_adapter(path) for path in planned])
@@ -149,6 +150,7 @@ def check_together(components: dict[str, Component], parts: dict[str, Any]) -> N
 
 
 TOKENIZERS = {"clip_l": "tokenizer", "clip_g": "tokenizer_2", "t5": "tokenizer_3"}
+_TOKENIZERS: dict[str, Any] = {"clip_l": CLIPTokenizer, "clip_g": CLIPTokenizer, "t5": T5Tokenizer}
 
 
 def wanted_by(settings: Settings, variant: Variant) -> list[str]:
@@ -170,7 +172,7 @@ def tokenizer_folders(settings: Settings, checkpoint: Checkpoint, wanted: Sequen
     return {name: Path(folder) / own for name, own in names.items()} if folder else {}
 
 
-def text_by(variant: Variant, modules: dict[str, Any], folders: dict[str, Path], t5: str) -> EncodesText:
+def text_by(variant: Variant, modules: dict[str, Any], tokenizers: dict[str, Any], t5: str) -> EncodesText:
     """Who reads prompts: the model's encoders, or the variant's own; CheckpointError where that one does not fit."""
     config = modules["transformer"].config
     if variant.text is not None:
@@ -180,8 +182,6 @@ def text_by(variant: Variant, modules: dict[str, Any], folders: dict[str, Path],
                 f"the variant {variant.name}: texts of width {text.width}, expected {config.context_size}"
             )
         return text
-    kinds = {"clip_l": CLIPTokenizer, "clip_g": CLIPTokenizer, "t5": T5Tokenizer}
-    tokenizers = {name: kinds[name].load(folder) for name, folder in folders.items()}
     return TextEncoder(
         tokenizers.get("clip_l"),
         tokenizers.get("clip_g"),
