@@ -20,9 +20,9 @@ def parts(run: Callable[[], object], cuda: bool) -> str:
     """
     by_name, before = attention.BACKENDS, attention.BACKENDS["auto"]
 
-    def recorded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def recorded(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         with record_function("attention"):
-            return before(q, k, v)
+            return before(q, k, v, bias)
 
     run()
     by_name["auto"] = recorded
