@@ -2,7 +2,7 @@
 
     with capture(pipe.transformer, what=("x", "attention"), blocks=(3, 4), words=(2,)) as seen:
         pipe("a blue horse", seed=1)
-    seen["attention"][0, 3]                  # step 0, block 3
+    seen["words"][0, 3]                      # step 0, block 3
 
     with ablate(pipe.transformer, "joint_blocks.2.x_block.attn", heads=(1,)):
         pipe("a blue horse", seed=1)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmdit.common.errors import SettingsError
-from mmdit.common.options import from_one, option, wrong
+from mmdit.common.options import from_one_to, option
 
 _MOST_STEPS = 100_000
 
@@ -22,12 +22,6 @@ def interval_of(text: str | None) -> tuple[float, float]:
     return low, high
 
 
-def _check_steps(name: str, value: Any) -> None:
-    from_one(name, value)
-    if value > _MOST_STEPS:
-        raise wrong(name, value, f"at most {_MOST_STEPS}")
-
-
 def _check_interval(_: str, value: Any) -> None:
     interval_of(value)
 
@@ -36,7 +30,7 @@ def _check_interval(_: str, value: Any) -> None:
 class SamplerOptions:
     """How it is denoised"""
 
-    steps: int | None = option(None, "denoising steps", usual=28, metavar="N", check=_check_steps)
+    steps: int | None = option(None, "denoising steps", usual=28, metavar="N", check=from_one_to(_MOST_STEPS))
     cfg: float | None = option(
         None, "guidance scale; 1 is without guidance, at half the cost", usual=4.5, metavar="X"
     )  # fmt: skip

@@ -14,6 +14,7 @@ from benchmarks.check_variant import built, checked, folder_of, gradients, input
 from mmdit import Pipeline, variants
 from mmdit.common.errors import SettingsError
 from mmdit.driver.loading import DEMO
+from mmdit.memory.activations import Activations
 from mmdit.memory.residency import Mode
 from mmdit.run import main
 from mmdit.variants import PLAIN, Variant, config_json
@@ -181,6 +182,23 @@ def test_a_table_is_as_large_as_what_the_blocks_are_told() -> None:
         width, chunks = 256, 3 * 9 + 2 * 6 + 4 * 6 + 2 + 2  # dual, plain, context, last context, final
         expected = 4 * 7 * 2 * width * chunks
         assert pipe.planner.costs.activations.table("transformer", job, 1) == expected
+
+
+def test_bounds_that_hold_for_the_published_architecture_are_not_taken_for_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where memory abounds, too: no bound of the transformer's is asked for."""
+    asked: list[str] = []
+    bound = Activations.denoising_bound
+    monkeypatch.setattr(
+        Activations, "denoising_bound", lambda self, *given: asked.append("bound") or bound(self, *given)
+    )
+    path = next(p for p in FILES if p.stem == "registers")
+    with folder_of(variants.load(str(path))) as folder:
+        Pipeline.load(folder, variant=str(path), t5="off")
+        assert asked == []
+    Pipeline.load(t5="off")
+    assert asked
 
 
 def test_an_architecture_that_config_json_does_not_name_is_refused() -> None:

@@ -78,10 +78,6 @@ def program(main: Callable[[], int]) -> NoReturn:
     code = main()
     try:
         sys.stdout.flush()
-    except OSError:
-        full = True
-    else:
-        full = False
-    if code == CLOSED_PIPE or full:  # at its end Python tries once more to write what is left, and would say so
+    except OSError:  # at its end Python tries once more to write what is left, and would say so
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)

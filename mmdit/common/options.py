@@ -129,6 +129,17 @@ def from_one(name: str, value: Any) -> None:
         raise wrong(name, value, "a whole number from 1")
 
 
+def from_one_to(most: int) -> Check:
+    """The check for a whole number from 1 to this."""
+
+    def check(name: str, value: Any) -> None:
+        from_one(name, value)
+        if value > most:
+            raise wrong(name, value, f"at most {most}")
+
+    return check
+
+
 def _check_text(name: str, value: Any) -> None:
     if not isinstance(value, str):
         raise wrong(name, value, "text")

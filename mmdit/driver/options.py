@@ -3,16 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
-from mmdit.common.options import Mark, from_one, option, wrong
+from mmdit.common.options import Mark, from_one, from_one_to, option, wrong
 from mmdit.common.paths import split_scale
 
 _MOST = 100_000  # pictures of one prompt
-
-
-def _check_count(name: str, value: Any) -> None:
-    from_one(name, value)
-    if value > _MOST:
-        raise wrong(name, value, f"at most {_MOST}")
 
 
 @dataclass(frozen=True)
@@ -24,7 +18,7 @@ class PictureOptions:
     width: int | None = option(None, "picture width in pixels", usual=1024, metavar="W", check=from_one)
     height: int | None = option(None, "picture height in pixels", usual=1024, metavar="H", check=from_one)
     seed: int = option(0, "seed of the first picture; picture i has seed S + i", Mark.OWN, metavar="S")
-    count: int = option(1, "number of pictures", Mark.OWN, Mark.NOT_SEEN, metavar="N", check=_check_count)
+    count: int = option(1, "number of pictures", Mark.OWN, Mark.NOT_SEEN, metavar="N", check=from_one_to(_MOST))
 
     def check_together(self) -> None:
         if not -(2**63) <= self.seed <= 2**64 - self.count:

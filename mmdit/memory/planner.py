@@ -35,11 +35,12 @@ class Planner:
         """The fastest plan that keeps to `budget` bytes; SettingsError, with what would be needed, where none does.
 
         exact: without it, where memory abounds, the peaks are bounds from above, found without loading PyTorch's
-        compiler, which "meta" tensors need and which takes longer than all else before the first step.
+        compiler, which "meta" tensors need and which takes longer than all else before the first step. They hold for
+        the published architecture, so a variant is measured all the same.
         """
         if self._device.type != "cpu":
             self._beside = self.costs.beside()  # others of this process may have come to the device, or left it
-        if not exact:
+        if not exact and not any(getattr(network.module, "variant", "") for network in self._networks.values()):
             plan = self.predict(self.ladder()[0], job, job.count, budget, rough=True)
             if self._fits(plan, budget):
                 return plan
