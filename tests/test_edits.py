@@ -155,6 +155,14 @@ def test_an_edited_model_draws_as_it_is_called(edit: Edit, plain: Tensor) -> Non
     assert not close(found, plain)
 
 
+@pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.__name__)
+def test_an_edited_model_draws_within_a_budget(edit: Edit) -> None:
+    """Measured without memory where the edit allows that; one that holds real tensors draws all the same."""
+    pipe = Pipeline.load(dtype="fp32", editable=True, memory="20GB")
+    edit(pipe.transformer)
+    assert close(drawn(pipe), by_hand(pipe))
+
+
 @pytest.mark.parametrize("edit", EDITS[:5], ids=lambda edit: edit.__name__)
 def test_an_edit_between_two_pictures_is_in_the_second(edit: Edit, plain: Tensor) -> None:
     pipe = Pipeline.load(dtype="fp32", editable=True)

@@ -70,12 +70,21 @@ class Costs:
 
     def denoising(self, modes: Mapping[str, Mode], kept: int, job: Job, batch: int, rough: bool) -> Bytes:
         """For `batch` pictures at a time. kept: blocks that stay of those that would come and go."""
-        table_of = self.activations.table_bound if rough else self.activations.table
-        work, found = self.activations.denoising_bound if rough else self.activations.denoising, []
+        found = []
         for name in of_role(Role.DENOISES, modes):
-            table = table_of(name, job, batch)
-            found.append(self._visit(name, modes[name], kept, table, table + work(name, job, batch)))
+            table, work = self._denoising(name, job, batch, rough)
+            found.append(self._visit(name, modes[name], kept, table, table + work))
         return _all_of(Role.DENOISES, found)
+
+    def _denoising(self, name: str, job: Job, batch: int, rough: bool) -> tuple[int, int]:
+        """Bytes of what is told to the blocks, and of a step; of an edit that needs real numbers, the bounds."""
+        if not rough:
+            try:
+                return self.activations.table(name, job, batch), self.activations.denoising(name, job, batch)
+            except RuntimeError:
+                if not self._networks[name].editable:
+                    raise
+        return self.activations.table_bound(name, job, batch), self.activations.denoising_bound(name, job, batch)
 
     def decoding(self, modes: Mapping[str, Mode], job: Job, budget: int) -> tuple[int | None, Bytes]:
         """For one picture in the highest strips with which that keeps to the budget, and their height; None: whole."""
