@@ -29,7 +29,6 @@ from benchmarks.emoji.team import Team
 DROP_CAPTION, DROP_T5, DROP_CLIP = 0.1, 0.15, 0.05  # CLIP-L and CLIP-G are dropped each on its own
 SIZE = (128, 128)
 OTHERS = ((64, 64), (192, 192), (128, 192), (192, 128))  # now and then, so that the model can draw these too
-SELDOM = 24  # one step of so many is of another size
 RENEWED = 1 / 8  # new scenes per scene trained on
 NOISE_MEAN, NOISE_SPREAD = 0.6, 1.0  # of the logit of sigma
 HORIZON = 150  # steps averaged over
@@ -123,8 +122,9 @@ class Run:
     def batch(self) -> tuple[Tensor, dict[str, Tensor]]:
         """As many image tokens in every size."""
         pool = self.pool
-        if self.step % SELDOM == SELDOM - 1:
-            pool = self.others[self.step // SELDOM % len(self.others)]
+        seldom = self.args.seldom
+        if self.step % seldom == seldom - 1:
+            pool = self.others[self.step // seldom % len(self.others)]
         count = self.args.batch // self.team.size
         fewer = count * SIZE[0] * SIZE[1] // (pool.size[0] * pool.size[1])
         pool.renew(max(1, round(RENEWED * min(count, fewer))))
@@ -175,6 +175,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=120, help="training time of this sitting")
     parser.add_argument("--fall", type=float, default=15, help="minutes of it in which the learning rate falls")
     parser.add_argument("--batch", type=int, default=128, help="scenes per step, over all processes")
+    parser.add_argument("--seldom", type=int, default=24, help="one step of so many is of another size")
     parser.add_argument("--pool", type=int, default=40_000, help="encoded scenes held by each process")
     parser.add_argument("--rate", type=float, default=2e-3, help="learning rate")
     parser.add_argument("--warmup", type=int, default=50, help="steps in which the learning rate rises")
