@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mmdit.altered import Change, altered
 from mmdit.model import MMDiT, Modulation, Modulations
 
 
@@ -25,6 +26,7 @@ class Row(NamedTuple):
     prepared: "Prepared"
     sigma: float
     text: int  # of those that were prepared
+    change: Change | None = None  # of the transformer
 
 
 class Known(NamedTuple):
@@ -113,8 +115,11 @@ def predict(latents: Tensor, rows: Sequence[Row]) -> Tensor:
     groups = [(*key, tuple(row.text for row in some)) for key, some in groupby(rows, lambda row: row[:2])]
     found = [prepared.known(sigma, texts) for prepared, sigma, texts in groups]
     known = found[0] if len(groups) == 1 else together(found)
-    first = rows[0].prepared
-    with answering(first, latents, known):
+    first, changes = rows[0].prepared, dict[Change, list[int]]()
+    for i, row in enumerate(rows):
+        if row.change is not None:
+            changes.setdefault(row.change, []).append(i)
+    with answering(first, latents, known), altered(first.model, changes):
         return first.model(latents, known.sigma, known.context, known.pooled)
 
 

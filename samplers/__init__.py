@@ -8,34 +8,47 @@ if TYPE_CHECKING:
     from samplers.flow import (
         NEGATIVE,
         PROMPT,
+        Ask,
         Evaluation,
         Guidance,
         Guiding,
+        Moment,
+        Noise,
         Point,
         Solver,
         Solving,
+        Source,
         Step,
         Velocity,
         drawing,
         guided,
         solver,
     )
-    from samplers.guidance import classifier_free_guidance, unguided
-    from samplers.schedule import shift_sigma, shifted_sigmas
-    from samplers.solvers import euler
+    from samplers.guidance import Term, classifier_free_guidance, combined, unguided
+    from samplers.schedule import SCHEDULES, Schedule, shift_sigma, shifted_sigmas
+    from samplers.solvers import SOLVERS, euler
 
 __all__ = [
     "NEGATIVE",
     "PROMPT",
+    "SCHEDULES",
+    "SOLVERS",
+    "Ask",
     "Evaluation",
     "Guidance",
     "Guiding",
+    "Moment",
+    "Noise",
     "Point",
+    "Schedule",
     "Solver",
     "Solving",
+    "Source",
     "Step",
+    "Term",
     "Velocity",
     "classifier_free_guidance",
+    "combined",
     "drawing",
     "euler",
     "guided",
@@ -44,10 +57,11 @@ __all__ = [
     "solver",
     "unguided",
 ]
-_FLOW = ["NEGATIVE", "PROMPT", "Evaluation", "Guidance", "Guiding", "Point", "Solver", "Solving", "Step", "Velocity"]
+_TOLD = ["Ask", "Evaluation", "Moment", "Noise", "Point", "Step"]
+_FLOW = ["NEGATIVE", "PROMPT", *_TOLD, "Guidance", "Guiding", "Solver", "Solving", "Source", "Velocity"]
 __getattr__ = lazy(__name__, {
     "flow": [*_FLOW, "drawing", "guided", "solver"],
-    "guidance": ["classifier_free_guidance", "unguided"],
-    "schedule": ["shift_sigma", "shifted_sigmas"],
-    "solvers": ["euler"],
+    "guidance": ["Term", "classifier_free_guidance", "combined", "unguided"],
+    "schedule": ["SCHEDULES", "Schedule", "shift_sigma", "shifted_sigmas"],
+    "solvers": ["SOLVERS", "euler"],
 })  # fmt: skip

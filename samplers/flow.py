@@ -2,22 +2,23 @@
 together.
 
 A solver walks along d x / d sigma = velocity(x, sigma). It yields a `Point` where it needs the velocity and is sent it;
-it yields a `Step` when one is done and is sent the latents to go on with, the step's own unless somebody changed them;
-it returns the last. A guidance makes that velocity: it yields the `Evaluation`s of the network that it needs, is sent
-for each a velocity for every text in it, and returns one.
+a `Noise` where it needs fresh noise and is sent that; and a `Step` when one is done, and is sent the latents to go on
+with, the step's own unless somebody changed them. It returns the last. A guidance makes that velocity: it yields the
+`Evaluation`s of the network that it needs, is sent for each a velocity for everything asked in it, and returns one.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
 from functools import update_wrapper
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 Q = TypeVar("Q")
 A = TypeVar("A")
 R = TypeVar("R")
 
-PROMPT, NEGATIVE = "prompt", "negative"  # the texts that a picture has
+PROMPT, NEGATIVE = "prompt", "negative"  # the texts that a picture has, one or both
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # of latents and sigma, shaped as the latents
 
@@ -27,6 +28,12 @@ class Point(NamedTuple):
 
     x: Tensor  # (B, ...)
     sigma: Tensor  # a scalar on the CPU: reading it must not wait for a GPU
+
+
+class Noise(NamedTuple):
+    """Where a solver needs noise that it has not used before, of variance 1, shaped as these latents."""
+
+    like: Tensor
 
 
 class Step(NamedTuple):
@@ -47,18 +54,39 @@ class Step(NamedTuple):
         return self.before - self.sigma * self.velocity
 
 
-class Evaluation(NamedTuple):
-    """What a guidance asks of the network: the velocity at a point, once for each of these texts."""
+class Moment(NamedTuple):
+    """A solver's point, with how far it has come."""
 
     x: Tensor
     sigma: Tensor
-    texts: tuple[str, ...]
+    step: int = 0  # of those that it takes, the one that it is in
+    steps: int = 1
+
+    @property
+    def share(self) -> float:
+        """The share of the steps that are done, 0 to less than 1."""
+        return self.step / self.steps
 
 
-Solving = Generator[Point | Step, Tensor, Tensor]
+class Ask(NamedTuple):
+    """A velocity that a guidance wants: for one of the picture's texts, by the network as it is, or changed."""
+
+    text: str = PROMPT
+    change: Hashable = None  # how the network is changed, in its own words; None: not at all
+
+
+class Evaluation(NamedTuple):
+    """What a guidance asks of the network at a moment, all at once."""
+
+    at: Moment
+    asks: tuple[Ask, ...]
+
+
+Solving = Generator[Point | Noise | Step, Tensor, Tensor]
 Guiding = Generator[Evaluation, Sequence[Tensor], Tensor]
-Guidance = Callable[[Tensor, Tensor], Guiding]
-Predict = Callable[[Tensor, Tensor, tuple[str, ...]], Sequence[Tensor]]  # an Evaluation's parts to what it is sent
+Guidance = Callable[[Moment], Guiding]
+Predict = Callable[[Moment, tuple[Ask, ...]], Sequence[Tensor]]  # an Evaluation's parts to what it is sent
+Source = Callable[[Tensor], Tensor]  # of latents: noise of their shape
 
 
 def _levels(sigmas: Tensor) -> Tensor:
@@ -74,18 +102,25 @@ class Solver:
         update_wrapper(self, steps)
 
     def __call__(
-        self, velocity: Velocity, x: Tensor, sigmas: Tensor, callback: Callable[[Step], object] | None = None
+        self,
+        velocity: Velocity,
+        x: Tensor,
+        sigmas: Tensor,
+        callback: Callable[[Step], object] | None = None,
+        noise: Source = torch.randn_like,
     ) -> Tensor:
         """The latents at `sigmas[-1]`, from the latents x at `sigmas[0]`.
 
         velocity: takes x and a scalar sigma. x: of any shape; keep it in float32, since the small last steps would
         drown in a shorter type. sigmas: falling, `(steps + 1,)`. callback: called after each step; what it raises ends
-        the run.
+        the run. noise: where a stochastic solver takes its noise from.
         """
 
-        def answer(told: Point | Step) -> Tensor:
+        def answer(told: Point | Noise | Step) -> Tensor:
             if isinstance(told, Point):
                 return velocity(*told)
+            if isinstance(told, Noise):
+                return noise(told.like)
             if callback is not None:
                 callback(told)
             return told.x
@@ -102,25 +137,38 @@ def solver(levels: Callable[[Tensor], Tensor] = _levels) -> Callable[[Callable[[
 
 
 def drawing(
-    solver: Solver, guidance: Guidance, x: Tensor, sigmas: Tensor, watch: Callable[[Step], Tensor]
+    solver: Solver,
+    guidance: Guidance,
+    x: Tensor,
+    sigmas: Tensor,
+    watch: Callable[[Step], Tensor],
+    noise: Source = torch.randn_like,
 ) -> Generator[Evaluation, Sequence[Tensor], Tensor]:
     """One picture's whole way, from noise x to the latents that it returns, as questions to the network.
 
-    watch: called after each step; gives the latents to go on with.
+    watch: called after each step; gives the latents to go on with. noise: as a Solver takes it.
     """
     solving: Any = solver.steps(x, sigmas)
-    answer = None
+    answer, done, steps = None, 0, len(sigmas) - 1
     while True:
         try:
             told = solving.send(answer)
         except StopIteration as end:
             return end.value
-        answer = (yield from guidance(*told)) if isinstance(told, Point) else watch(told)
+        if isinstance(told, Point):
+            answer = yield from guidance(Moment(*told, done, steps))
+        elif isinstance(told, Noise):
+            answer = noise(told.like)
+        else:
+            done, answer = done + 1, watch(told)
 
 
 def guided(predict: Predict, guidance: Guidance) -> Velocity:
-    """The velocity that a guidance makes of a network, for a solver that is called as a function."""
-    return lambda x, sigma: answered(guidance(x, sigma), lambda asked: predict(*asked))
+    """The velocity that a guidance makes of a network, for a solver that is called as a function.
+
+    A guidance that looks at how many steps are done takes every point for one of the first step.
+    """
+    return lambda x, sigma: answered(guidance(Moment(x, sigma)), lambda asked: predict(*asked))
 
 
 def answered(asking: Generator[Q, A, R], answer: Callable[[Q], A]) -> R:

@@ -1,7 +1,11 @@
 """Which noise levels a run visits. A sigma is the share of noise: 1 is noise alone, 0 is the picture."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+Schedule = Callable[[int, float], Tensor]  # of steps and shift
 
 
 def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
@@ -28,3 +32,6 @@ def shifted_sigmas(steps: int, shift: float = 3.0) -> Tensor:
     smallest = shift_sigma(torch.tensor(1 / 1000, dtype=torch.float64), shift)
     spaced = torch.linspace(1.0, float(smallest), steps, dtype=torch.float64)
     return torch.cat([shift_sigma(spaced, shift), torch.zeros(1, dtype=torch.float64)]).float()
+
+
+SCHEDULES: dict[str, Schedule] = {"normal": shifted_sigmas}

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from samplers.flow import Point, Solving, Step, solver
+from samplers.flow import Point, Solver, Solving, Step, solver
 
 
 @solver()
@@ -18,3 +18,6 @@ def euler(x: Tensor, sigmas: Tensor) -> Solving:
         velocity = yield Point(x, sigma)
         x = yield Step(i, sigma, velocity, x, x + (sigma_next - sigma) * velocity)
     return x
+
+
+SOLVERS: dict[str, Solver] = {"euler": euler}

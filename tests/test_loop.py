@@ -13,14 +13,13 @@ from reference import relative_error
 from test_samplers import midpoint
 from toys import toy_folder
 
-from mmdit.driver import loop
 from mmdit.driver import texts as encoding
 from mmdit.driver.loop import OWN, Canvas, Drawing, Picture, kind
 from mmdit.driver.pipeline import Pipeline
 from mmdit.driver.settings import Settings, alone
 from mmdit.driver.texts import encode
 from mmdit.driver.watch import Drawn, Encoded, Stepped, Watcher
-from samplers import shifted_sigmas
+from samplers import SOLVERS, shifted_sigmas
 
 DEFAULTS = {"width": 96, "height": 64, "steps": 3, "cfg": 4.5, "t5_length": 20}
 
@@ -193,7 +192,7 @@ def pictures_of(pipeline: Pipeline, rows: list[dict[str, Any]]) -> tuple[list[Pi
     for i, s in enumerate(every):
         assert s.width and s.height and s.steps
         noise, sigmas = pipeline.noise(s.width, s.height, [s.seed]), shifted_sigmas(s.steps, pipeline.shift)
-        made.append(Picture(i, s, noise, sigmas, lambda *_: None))
+        made.append(Picture(i, s, noise, sigmas, lambda *_: None, lambda: torch.randn_like))
     return made, Canvas(pipeline, texts)
 
 
@@ -292,7 +291,7 @@ def test_levels_between_the_steps_are_prepared_with_the_others(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A solver that asks at middle levels and says so: one pass over the adaLN layers, against the method by hand."""
-    monkeypatch.setattr(loop, "euler", midpoint)
+    monkeypatch.setitem(SOLVERS, "euler", midpoint)
     passes: list[int] = []
     layer = pipeline.transformer.joint_blocks[0].x_block.adaLN_modulation
     hook = layer.register_forward_pre_hook(lambda _, args: passes.append(len(args[0])))

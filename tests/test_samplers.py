@@ -13,14 +13,17 @@ from reference import relative_error
 from torch import Tensor
 
 from samplers import (
+    Ask,
     Evaluation,
     Guidance,
     Guiding,
+    Moment,
     Point,
     Solver,
     Solving,
     Step,
     classifier_free_guidance,
+    combined,
     drawing,
     euler,
     guided,
@@ -207,11 +210,11 @@ def test_guidance_is_one_evaluation_of_both_texts(scale: float) -> None:
         calls.append(Evaluation(*asked))
         return cond, uncond
 
-    found = guided(predict, classifier_free_guidance(scale))(x, torch.tensor(0.7))
-    ((seen, sigma, texts),) = calls
-    assert seen is x
-    assert float(sigma) == pytest.approx(0.7)
-    assert texts == ("prompt", "negative")
+    found = guided(predict, combined(classifier_free_guidance(scale)))(x, torch.tensor(0.7))
+    ((at, asks),) = calls
+    assert at.x is x
+    assert float(at.sigma) == pytest.approx(0.7)
+    assert asks == (Ask("prompt"), Ask("negative"))
     expected = (1 - scale) * uncond.double() + scale * cond.double()
     assert relative_error(found, expected) <= 1e-6
     if scale == 0:
@@ -222,12 +225,12 @@ def test_guidance_inside_euler() -> None:
     """28 steps are 28 evaluations; with velocity +-x the guided flow is that of (2 scale - 1) x."""
     asked: list[tuple[str, ...]] = []
 
-    def predict(x: Tensor, _: Tensor, texts: tuple[str, ...]) -> list[Tensor]:
-        asked.append(texts)
-        return [x if text == "prompt" else -x for text in texts]
+    def predict(at: Moment, asks: tuple[Ask, ...]) -> list[Tensor]:
+        asked.append(tuple(ask.text for ask in asks))
+        return [at.x if ask.text == "prompt" else -at.x for ask in asks]
 
     x, sigmas = noise(2, 3), shifted_sigmas(28)
-    end = euler(guided(predict, classifier_free_guidance(4.5)), x, sigmas)
+    end = euler(guided(predict, combined(classifier_free_guidance(4.5))), x, sigmas)
     assert asked == [("prompt", "negative")] * 28
     assert relative_error(end, euler(lambda x, _: 8.0 * x, x, sigmas)) <= 1e-5
 
@@ -240,11 +243,11 @@ def test_guidance_in_an_interval(interval: tuple[float, float], inside: list[int
     """Outside it the prompt alone is evaluated; bounds belong to it. cond 3 x, uncond x: guided (1 + 2 scale) x."""
     asked: list[tuple[str, ...]] = []
 
-    def predict(x: Tensor, _: Tensor, texts: tuple[str, ...]) -> list[Tensor]:
-        asked.append(texts)
-        return [3 * x if text == "prompt" else x for text in texts]
+    def predict(at: Moment, asks: tuple[Ask, ...]) -> list[Tensor]:
+        asked.append(tuple(ask.text for ask in asks))
+        return [3 * at.x if ask.text == "prompt" else at.x for ask in asks]
 
-    x, found = torch.tensor([[1.0], [-2.0]]), guided(predict, classifier_free_guidance(4.0, interval))
+    x, found = torch.tensor([[1.0], [-2.0]]), guided(predict, combined(classifier_free_guidance(4.0, interval)))
     for sigma, is_inside in zip((1.0, 0.75, 0.5, 0.1), inside):
         assert torch.equal(found(x, torch.tensor(sigma)), (9 if is_inside else 3) * x)
     assert asked == [("prompt", "negative") if is_inside else ("prompt",) for is_inside in inside]
@@ -264,21 +267,21 @@ def midpoint(x: Tensor, sigmas: Tensor) -> Solving:
     return x
 
 
-def three_texts(x: Tensor, sigma: Tensor) -> Guiding:
+def three_texts(at: Moment) -> Guiding:
     """A guidance of three evaluations, the last at another point, which depends on the first."""
-    a, b = yield Evaluation(x, sigma, ("prompt", "negative"))
-    (c,) = yield Evaluation(x + a, sigma, ("prompt",))
+    a, b = yield Evaluation(at, (Ask("prompt"), Ask("negative")))
+    (c,) = yield Evaluation(at._replace(x=at.x + a), (Ask("prompt"),))
     return a - b + c
 
 
 @pytest.mark.parametrize("way", [euler, midpoint])
-@pytest.mark.parametrize("guidance", [unguided, classifier_free_guidance(3.0, (0.3, 0.8)), three_texts])
+@pytest.mark.parametrize("guidance", [unguided, combined(classifier_free_guidance(3.0, (0.3, 0.8))), three_texts])
 def test_asked_for_or_called_it_is_the_same(way: Solver, guidance: Guidance) -> None:
     """A picture's questions, answered one by one, against the solver called with a function; bit for bit."""
     x, sigmas = noise(1, 3, 2), shifted_sigmas(7)
 
-    def predict(x: Tensor, sigma: Tensor, texts: tuple[str, ...]) -> list[Tensor]:
-        return [(1.5 if text == "prompt" else -0.5) * x.sin() * (1 + sigma) for text in texts]
+    def predict(at: Moment, asks: tuple[Ask, ...]) -> list[Tensor]:
+        return [(1.5 if ask.text == "prompt" else -0.5) * at.x.sin() * (1 + at.sigma) for ask in asks]
 
     steps: list[Step] = []
     expected = way(guided(predict, guidance), x, sigmas, steps.append)
@@ -287,7 +290,7 @@ def test_asked_for_or_called_it_is_the_same(way: Solver, guidance: Guidance) -> 
     asked, levels = next(asking), set()
     found = None
     while found is None:
-        levels.add(float(asked.sigma))
+        levels.add(float(asked.at.sigma))
         try:
             asked = asking.send(predict(*asked))
         except StopIteration as end:
@@ -302,11 +305,11 @@ def test_who_watches_may_change_the_latents() -> None:
     """What is given back after a step is what the next goes on with: x halved after each of two steps of +x."""
     asking = drawing(euler, unguided, torch.ones(1), torch.tensor([1.0, 0.5, 0.0]), lambda step: step.x / 2)
     asked = next(asking)
-    assert float(asked.x) == 1
-    asked = asking.send([asked.x])
-    assert float(asked.x) == 0.25
+    assert float(asked.at.x) == 1
+    asked = asking.send([asked.at.x])
+    assert float(asked.at.x) == 0.25
     with pytest.raises(StopIteration) as end:
-        asking.send([asked.x])
+        asking.send([asked.at.x])
     assert float(end.value.value) == 0.0625
 
 

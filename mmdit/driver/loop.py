@@ -2,15 +2,19 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from mmdit.altered import Change
+from mmdit.common.errors import SettingsError
 from mmdit.common.options import Mark, marked
+from mmdit.driver.sampling import guidance_of, sigmas_of, solver_of
 from mmdit.driver.settings import Settings
 from mmdit.driver.stages import Stages
 from mmdit.driver.texts import Text, Texts, encode, parts, texts_of
@@ -18,8 +22,7 @@ from mmdit.driver.watch import Drawn, Encoded, Event, Finite, Progress, Stepped,
 from mmdit.memory.plan import Job, Plan
 from mmdit.memory.residency import Mode, Role, of_role
 from mmdit.prepared import Prepared, Row
-from samplers import Evaluation, Guidance, Step, classifier_free_guidance, drawing, euler, shifted_sigmas, unguided
-from samplers.options import interval_of
+from samplers import Ask, Evaluation, Source, Step, drawing
 
 _TOKENS = {"cuda": 2**16}  # denoised at a time: more are no faster, and make the first picture late
 _TOKENS_ELSEWHERE = 2**13
@@ -34,30 +37,32 @@ def kind(s: Settings) -> Settings:
     return replace(s, **{name: getattr(Settings, name) for name in OWN})
 
 
-def guidance_of(s: Settings) -> Guidance:
-    assert s.cfg is not None
-    return unguided if s.cfg == 1 else classifier_free_guidance(s.cfg, interval_of(s.cfg_interval))
-
-
 class Picture:
     """A picture on its way: what it asks the network next, and when that is nothing more, its latents."""
 
     def __init__(
-        self, index: int, settings: Settings, noise: Tensor, sigmas: Tensor, tell: "Callable[[Picture, Event], None]"
+        self,
+        index: int,
+        settings: Settings,
+        start: Tensor,
+        sigmas: Tensor,
+        tell: "Callable[[Picture, Event], None]",
+        source: "Callable[[], Source]",
     ) -> None:
-        """noise: `(1, C, h, w)`, float32, where it is to be denoised. sigmas: the noise levels of its steps.
+        """start: `(1, C, h, w)`, float32, where it is to be denoised. sigmas: the noise levels of its steps.
 
-        tell: called after each of them.
+        tell: called after each of them. source: makes the noise that a stochastic solver takes, anew.
         """
-        self.index, self.settings, self.noise, self.sigmas = index, settings, noise, sigmas
+        self.index, self.settings, self.start, self.sigmas = index, settings, start, sigmas
         self.prepared: Prepared | None = None
         self.texts: dict[str, int] = {}  # its rows in `prepared`
         self.stopped = False
-        self._tell = tell
+        self._tell, self._source, self._solver = tell, source, solver_of(settings)
         self.begin()
 
     def begin(self) -> None:
-        self._way: Any = drawing(euler, guidance_of(self.settings), self.noise, self.sigmas, self._step)
+        guidance, source = guidance_of(self.settings), self._source()
+        self._way: Any = drawing(self._solver, guidance, self.start, self.sigmas, self._step, source)
         self.asked: Evaluation | None = next(self._way)
         self.latents: Tensor | None = None
 
@@ -74,7 +79,7 @@ class Picture:
     def levels(self) -> list[float]:
         """The noise levels that are still to come."""
         assert self.asked is not None
-        return [level for level in euler.levels(self.sigmas).tolist() if level <= float(self.asked.sigma)]
+        return [level for level in self._solver.levels(self.sigmas).tolist() if level <= float(self.asked.at.sigma)]
 
     def _step(self, step: Step) -> Tensor:
         self._tell(self, Stepped(settings=self.settings, index=self.index, step=step))
@@ -87,6 +92,7 @@ class Canvas:
     def __init__(self, stages: Stages, texts: Texts) -> None:
         """texts: all that the pictures have, encoded."""
         self._stages, self._texts = stages, texts
+        self.rows: int | None = None  # of a batch at most; None: all that is asked for at a time
         self.on_way: list[Picture] = []  # add to it between steps
         self.done: list[Picture] = []
 
@@ -99,22 +105,28 @@ class Canvas:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Answer every picture's question, all by one evaluation of the network."""
+        """Answer every picture's question, all by one evaluation of the network, or as few as there is room for."""
         self._prepare([picture for picture in self.on_way if picture.prepared is None])
-        asked: list[tuple[Row, Picture, Tensor]] = []
+        asked: list[tuple[Row, Picture, Ask, Tensor]] = []
         for picture in self.on_way:
             assert picture.asked is not None and picture.prepared is not None
-            x, sigma, names = picture.asked
-            asked += [(Row(picture.prepared, float(sigma), picture.texts[name]), picture, x) for name in names]
-        asked.sort(key=lambda one: (id(one[0].prepared), -one[0].sigma, one[0].text))  # as `predict` likes it best
-        latents = torch.cat([x for _, _, x in asked])  # (R, C, h, w)
-        attention = self.on_way[0].settings.attention
-        velocities = self._stages.predict(latents, [row for row, _, _ in asked], attention).split(1)
-        found = {(id(picture), row.text): one for (row, picture, _), one in zip(asked, velocities)}
+            at, asks = picture.asked
+            for ask in asks:
+                change = cast(Change | None, ask.change)
+                row = Row(picture.prepared, float(at.sigma), picture.texts[ask.text], change)
+                asked.append((row, picture, ask, at.x))
+        # As `predict` likes it best; what is changed comes last.
+        asked.sort(key=lambda one: (id(one[0].prepared), -one[0].sigma, str(one[0].change or ""), one[0].text))
+        attention, found = self.on_way[0].settings.attention, dict[tuple[int, Ask], Tensor]()
+        most = self.rows or max(1, len(asked))
+        for some in (asked[first : first + most] for first in range(0, len(asked), most)):
+            latents = torch.cat([x for *_, x in some])  # (R, C, h, w)
+            velocities = self._stages.predict(latents, [row for row, *_ in some], attention).split(1)
+            found |= {(id(picture), ask): one for (_, picture, ask, _), one in zip(some, velocities)}
         try:
             for picture in self.on_way:
                 assert picture.asked is not None
-                picture.answer([found[id(picture), picture.texts[name]] for name in picture.asked.texts])
+                picture.answer([found[id(picture), ask] for ask in picture.asked.asks])
         finally:  # those before one that failed may be done
             now = [picture for picture in self.on_way if not picture.stopped]
             self.done += [picture for picture in now if picture.asked is None]
@@ -154,7 +166,7 @@ class Drawing:
         self._watchers, self._ended = [Finite(stages), *watchers], False
         for s in {kind(s): s for s in pictures}.values():
             with stages.turn:
-                stages.plan_for(stages.job(s))
+                stages.plan_for(stages.job(s)._replace(changed=0))
 
     def __iter__(self) -> Iterator[tuple[int, Image.Image]]:
         stages, steps = self._stages, sum(s.steps or 0 for s in self.pictures)
@@ -183,11 +195,12 @@ class Drawing:
         job = job._replace(count=self._at_a_time(job, len(alike)))
         canvas, queue = Canvas(self._stages, texts), deque[int | Picture](alike)
         with self._stages.turn:
-            plan = self._plan(job)
+            job, plan = self._plan(job)
+        work = partial(self._denoise, canvas, queue, texts, job.texts + job.changed)
         while queue and not self._ended:
             with self._stages.turn:
                 self._stages.follow(plan, job)
-                self._stages.stage("denoise", job, self._seconds, partial(self._denoise, canvas, queue, texts))
+                self._stages.stage("denoise", job, self._seconds, work)
                 plan = self._stages.ended_with  # a smaller one where memory ran out
             while canvas.done and not self._ended:
                 picture = canvas.done.pop(0)
@@ -199,12 +212,14 @@ class Drawing:
                 if not picture.stopped:
                     yield picture.index, image
 
-    def _denoise(self, canvas: Canvas, queue: "deque[int | Picture]", texts: Texts) -> None:
+    def _denoise(self, canvas: Canvas, queue: "deque[int | Picture]", texts: Texts, evaluations: int) -> None:
         """Take pictures from the queue, as many as the plan has room for, until all of them are done.
 
-        Called again after memory ran out, it goes on from the last step, with as many as there is room for now.
+        evaluations: of each at a time. Called again after memory ran out, it goes on from the last step, with as many
+        pictures as there is room for now.
         """
         most = self._stages.plan.batch
+        canvas.rows = most * evaluations
         queue.extendleft(reversed(canvas.leave(most)))
         while queue and len(canvas.on_way) < most:
             picture = queue.popleft()
@@ -217,9 +232,9 @@ class Drawing:
     def _begin(self, index: int, texts: Texts) -> Picture:
         s = self.settings[index] = replace(self.pictures[index], **self._stages.actual)
         assert s.width and s.height and s.steps
-        sigmas = shifted_sigmas(s.steps, self._stages.shift)
+        sigmas = sigmas_of(s, self._stages.shift)
         noise = self._stages.noise(s.width, s.height, [s.seed]).to(self._stages.device)
-        picture = Picture(index, s, noise, sigmas, self._tell)
+        picture = Picture(index, s, noise, sigmas, self._tell, lambda: self._stages.noise_source(s.seed, noise))
         own = {name: texts[text] for name, text in texts_of(s).items()}
         self._tell(picture, Encoded(settings=s, index=index, texts=own, noise=noise, sigmas=sigmas))
         return picture
@@ -240,14 +255,26 @@ class Drawing:
 
     # ---- memory ----------------------------------------------------------------------------------
 
-    def _plan(self, job: Job) -> Plan:
-        """The fastest plan for pictures whose texts are encoded: encoders that are not on the device stay away."""
-        plan, now = self._stages.plan_for(job), self._stages.plan.modes
+    def _plan(self, job: Job) -> tuple[Job, Plan]:
+        """The fastest plan for pictures whose texts are encoded: encoders that are not on the device stay away.
+
+        Evaluations by a changed network are for a batch with the others where the plan is none the slower for it, else
+        for one of their own.
+        """
+        fewer = job._replace(changed=0)
+        plan = self._stages.plan_for(fewer)
+        with suppress(SettingsError):
+            more = self._stages.plan_for(job) if job.changed else plan
+            if (more.modes, more.kept, more.batch) == (plan.modes, plan.kept, plan.batch):
+                fewer, plan = job, more
+        now = self._stages.plan.modes
         away = {name: now[name] for name in of_role(Role.ENCODES_TEXT, now) if now[name] is not Mode.RESIDENT}
-        return replace(plan, modes={**plan.modes, **away})
+        return fewer, replace(plan, modes={**plan.modes, **away})
 
     def _at_a_time(self, job: Job, pictures: int) -> int:
         """How many to denoise at a time where memory is no matter: as equal batches as can be."""
-        tokens = job.texts * (job.rows * job.columns // self._stages.transformer.config.patch_size**2 + job.t5_length)
+        tokens = (job.texts + job.changed) * (
+            job.rows * job.columns // self._stages.transformer.config.patch_size**2 + job.t5_length
+        )
         most = max(1, _TOKENS.get(self._stages.device.type, _TOKENS_ELSEWHERE) // tokens)
         return -(-pictures // -(-pictures // most))

@@ -13,7 +13,7 @@ from mmdit.config import MMDiTConfig
 from mmdit.driver.options import ModelOptions, OutputOptions, PictureOptions
 from mmdit.memory.options import MemoryOptions
 from mmdit.options import ComputeOptions
-from samplers.options import SamplerOptions
+from samplers.options import GuidanceOptions, SamplerOptions
 from text_encoders.options import TextOptions
 
 __all__ = ["LOADED", "Settings", "split_lora", "user_path"]
@@ -22,8 +22,15 @@ __all__ = ["LOADED", "Settings", "split_lora", "user_path"]
 # A dataclass has the fields of its last base first: read from below, this is the order of --help.
 @dataclass(frozen=True)
 class Settings(
-    OutputOptions, MemoryOptions, ComputeOptions, ModelOptions, TextOptions, SamplerOptions, PictureOptions
-):  # fmt: skip
+    OutputOptions,
+    MemoryOptions,
+    ComputeOptions,
+    ModelOptions,
+    TextOptions,
+    GuidanceOptions,
+    SamplerOptions,
+    PictureOptions,
+):
     """Everything a picture depends on, and where it goes. None stands for the model's own default."""
 
     def __post_init__(self) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from mmdit import inside
 from mmdit.attention import attention_by
 from mmdit.common.errors import SettingsError
+from mmdit.driver import sampling
 from mmdit.driver.loading import Parts, part_dtype
 from mmdit.driver.settings import LOADED, Settings
 from mmdit.kernels.process import Switch
@@ -26,7 +27,18 @@ from mmdit.memory.planner import Planner
 from mmdit.memory.residency import Residency
 from mmdit.model import MMDiT
 from mmdit.prepared import Prepared, Row, predict
-from samplers import NEGATIVE, PROMPT, Velocity, classifier_free_guidance, guided, unguided
+from samplers import (
+    NEGATIVE,
+    PROMPT,
+    Ask,
+    Moment,
+    Source,
+    Velocity,
+    classifier_free_guidance,
+    combined,
+    guided,
+    unguided,
+)
 from text_encoders import Conditioning
 from vae import Autoencoder, decode_in_strips
 from weights.fingerprint import with_adapters
@@ -88,7 +100,9 @@ class Stages:
         if config.largest is not None:  # a default may be more than the model can do
             rows, columns = (min(side, config.largest * config.patch_size) for side in (rows, columns))
         t5_length, context = 0 if s.t5 == "omit" else s.t5_length, self.text.length(s.t5_length)
-        job = Job(rows, columns, s.count, s.steps, 1 if s.cfg == 1 else 2, t5_length, context=context)
+        levels = len(sampling.levels_of(s, self.shift))
+        job = Job(rows, columns, s.count, levels, len(sampling.prompts_of(s)), t5_length, context=context)
+        job = job._replace(changed=len(sampling.changes(s)))
         return job._replace(attention=s.attention, memory=s.memory, **more)
 
     def plan_for(self, job: Job) -> Plan:
@@ -182,6 +196,12 @@ class Stages:
         self.check_finite(text.pooled, "CLIP's pooled vector" if clip else "the text's pooled vector")
         return text
 
+    def noise_source(self, seed: int, like: Tensor) -> Source:
+        """Noise that goes on where the starting latents of this seed, shaped as `like`, end."""
+        generator = torch.Generator().manual_seed(seed)
+        torch.randn(like.shape[1:], generator=generator)
+        return lambda x: torch.randn(x.shape[1:], generator=generator)[None].to(x)
+
     def noise(self, width: int, height: int, seeds: Iterable[int]) -> Tensor:
         """The starting latents, float32 `(B, C, h, w)`, drawn on the CPU so that every device starts alike."""
         config, cell = self.vae.config, self.vae.config.downscale
@@ -237,11 +257,11 @@ class Stages:
             rows[name] = [first + i * each // count for i in range(count)]
             first += each
 
-        def evaluate(x: Tensor, sigma: Tensor, names: tuple[str, ...]) -> Sequence[Tensor]:
-            wanted = [Row(prepared, float(sigma), row) for name in names for row in rows[name]]
-            return self.predict(torch.cat([x] * len(names)), wanted, attention).chunk(len(names))
+        def evaluate(at: Moment, asks: tuple[Ask, ...]) -> Sequence[Tensor]:
+            wanted = [Row(prepared, float(at.sigma), row) for ask in asks for row in rows[ask.text]]
+            return self.predict(torch.cat([at.x] * len(asks)), wanted, attention).chunk(len(asks))
 
-        return guided(evaluate, unguided if uncond is None else classifier_free_guidance(cfg, interval))
+        return guided(evaluate, unguided if uncond is None else combined(classifier_free_guidance(cfg, interval)))
 
     # ---- looking inside the transformer ------------------------------------------------------------
 

@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from mmdit.driver.sampling import prompts_of
 from mmdit.driver.settings import Settings
 from mmdit.driver.stages import Stages
 from mmdit.memory.budget import DeviceMemoryError, budget_of
-from samplers import NEGATIVE, PROMPT
 from text_encoders import Conditioning
 
 _AT_A_TIME = 64  # more are no faster
@@ -18,9 +18,9 @@ Texts = dict[Text, Conditioning]  # each a batch of 1, on the CPU
 
 
 def texts_of(s: Settings) -> dict[str, Text]:
-    """What is encoded for a picture, by its part in guidance: the prompt, and with guidance the negative prompt."""
+    """What is encoded for a picture, by its part in guidance."""
     assert s.t5_length
-    return {PROMPT: (s.prompt, s.t5_length)} | ({} if s.cfg == 1 else {NEGATIVE: (s.negative, s.t5_length)})
+    return {name: (text, s.t5_length) for name, text in prompts_of(s).items()}
 
 
 def size(stages: Stages, text: Text) -> int:

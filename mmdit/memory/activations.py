@@ -92,7 +92,7 @@ class Activations:
             attention_by(model, job.attention)
             return peak_bytes(self._step, model, job, batch) - self._told(name, job.texts * (batch if job.apart else 1))
 
-        key = (name, job.rows, job.columns, job.texts, batch, job.apart, self._context(job), job.attention)
+        key = (name, job.rows, job.columns, job.texts, job.changed, batch, job.apart, self._context(job), job.attention)
         return self._once(key, measure)
 
     def _step(self, model: Any, job: Job, batch: int) -> object:
@@ -102,14 +102,15 @@ class Activations:
         context = torch.empty(texts, self._context(job), config.context_size, dtype=self._dtype, device="meta")
         pooled = torch.empty(texts, config.pooled_size, dtype=self._dtype, device="meta")
         latents = torch.empty(batch, config.in_channels, job.rows, job.columns, device="meta")
-        rows = [text for text in range(texts) for _ in range(each)]
+        rows = [text for text in range(texts) for _ in range(each)] + [0] * (job.changed * batch)
         prepared = Prepared(model, context, pooled, (1.0,))
-        return prepared(torch.cat([latents] * job.texts).to(self._dtype), 1.0, rows).float()
+        return prepared(torch.cat([latents] * (job.texts + job.changed)).to(self._dtype), 1.0, rows).float()
 
     def denoising_bound(self, name: str, job: Job, batch: int) -> int:
         """Bytes that `denoising` does not exceed."""
         config, length = self._networks[name].module.config, self._context(job)
-        rows, each = job.texts * batch, job.rows * job.columns // config.patch_size**2 + length  # tokens of a row
+        rows = (job.texts + job.changed) * batch
+        each = job.rows * job.columns // config.patch_size**2 + length  # tokens of a row
         numbers = rows * each * _UNITS * config.hidden_size + rows * length * config.context_size
         found = self._dtype.itemsize * numbers
         source, shapes = self._networks[name].source, self._networks[name].shapes

@@ -18,7 +18,7 @@ class Job(NamedTuple):
     rows: int  # of the latent
     columns: int
     count: int  # pictures
-    steps: int
+    steps: int  # noise levels at which the network is asked
     texts: int  # for each picture: 2 with guidance, else 1
     t5_length: int  # tokens
     apart: bool = False  # whether each picture has texts of its own, else all have the same
@@ -26,6 +26,7 @@ class Job(NamedTuple):
     memory: str = "auto"  # the budget, as a user gives it
     waiting: int = 0  # bytes of the host's memory for texts that are encoded and wait
     context: int | None = None  # tokens of a text's context; None: as CLIP and T5 give it
+    changed: int = 0  # evaluations for each picture, beside one for each text, by a network that is changed
 
 
 class Bytes(NamedTuple):

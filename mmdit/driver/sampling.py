@@ -1,0 +1,94 @@
+"""From settings to how a picture is denoised: its solver, its noise levels, its guidance."""
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from mmdit.altered import Change
+from mmdit.common.errors import SettingsError
+from mmdit.driver.settings import Settings
+from samplers import NEGATIVE, PROMPT, SCHEDULES, SOLVERS, Guidance, Solver, Term, guidance
+from samplers.options import interval_of, layers_of, projection_of, weighted
+
+
+def solver_of(s: Settings) -> Solver:
+    return SOLVERS[s.sampler]
+
+
+def sigmas_of(s: Settings, shift: float) -> Tensor:
+    """The noise levels of its steps, `(steps + 1,)`, float32. shift: the model's own."""
+    assert s.steps
+    return SCHEDULES[s.schedule](s.steps, shift)
+
+
+def levels_of(s: Settings, shift: float) -> list[float]:
+    """All noise levels at which the network is asked, falling."""
+    return sorted(set(solver_of(s).levels(sigmas_of(s, shift)).tolist()), reverse=True)
+
+
+def guidance_of(s: Settings) -> Guidance:
+    """A new one for each picture, since it may remember what it was told."""
+    terms: list[Term] = []
+    if s.also:
+        terms.append(guidance.composition({also(i): weighted(text)[1] for i, text in enumerate(s.also)}))
+    if s.cfg != 1:
+        terms.append(_between_texts(s))
+    for way, scale, layers, interval in changes(s):
+        terms.append(guidance.away_from(Change(way, layers), scale, interval))
+    if s.cfg_rescale:
+        terms.append(guidance.rescaled(s.cfg_rescale))
+    guide = guidance.combined(*terms)
+    if s.cfg_zero:
+        guide = guidance.stilled(guide)
+    return guidance.cached(guide, s.cache) if s.cache else guide
+
+
+def _between_texts(s: Settings) -> Term:
+    assert s.cfg is not None
+    scale: Any = s.cfg if s.cfg_schedule == "constant" else guidance.rising(s.cfg, s.cfg_schedule)
+    interval = interval_of(s.cfg_interval)
+    if s.apg is not None:
+        return guidance.projected_guidance(scale, *projection_of(s.apg), interval)
+    way = guidance.zero_star_guidance if s.cfg_zero else guidance.classifier_free_guidance
+    return way(scale, interval)
+
+
+def changes(s: Settings) -> list[tuple[Any, float, tuple[int, ...], tuple[float, float]]]:
+    """By which changed networks it is guided: how they are changed, scale, blocks, shares of the steps."""
+    found: list[tuple[Any, float, tuple[int, ...], tuple[float, float]]] = []
+    if s.slg:
+        assert s.slg_layers
+        found.append(("skip", s.slg, layers_of(s.slg_layers), interval_of(s.slg_interval)))
+    if s.pag:
+        assert s.pag_layers
+        found.append(("perturb", s.pag, layers_of(s.pag_layers), (-1.0, 2.0)))  # always
+    return found
+
+
+def also(i: int) -> str:
+    """The name of the i-th further text."""
+    return f"also {i}"
+
+
+def prompts_of(s: Settings) -> dict[str, str]:
+    """The texts of a picture by their part in its guidance."""
+    found = {PROMPT: s.prompt} | {also(i): weighted(text)[0] for i, text in enumerate(s.also)}
+    return found | ({} if s.cfg == 1 and not s.also else {NEGATIVE: s.negative})
+
+
+def with_layers(s: Settings, depth: int) -> Settings:
+    """With the blocks that are left out filled in; SettingsError for one that a model of so many blocks has not.
+
+    Where none are named, they lie as deep as 7, 8, 9 and 13 of SD3.5-Medium's 24 do.
+    """
+    usual = {"slg_layers": (7, 8, 9), "pag_layers": (13,)}
+    for name, blocks in usual.items():
+        if not getattr(s, name.removesuffix("_layers")):
+            continue
+        if getattr(s, name) is None:
+            s = replace(s, **{name: ",".join(map(str, sorted({block * depth // 24 for block in blocks})))})
+        layers = layers_of(getattr(s, name), name)
+        if layers[-1] >= depth:
+            raise SettingsError(f"{name}: there is no block {layers[-1]}: the model's {depth} are numbered from 0")
+    return s
