@@ -29,9 +29,23 @@ prompt None what
 --seed 0 S
 --count 1 N
 How it is denoised:
+--sampler 'euler' euler
+--schedule 'normal' normal
 --steps None N
+How it is guided:
 --cfg None X
 --cfg-interval None LOW:HIGH
+--cfg-schedule 'constant' constant,linear,cosine
+--cfg-rescale 0.0 X
+--cfg-zero False what
+--apg None ETA[:NORM[:MOMENTUM]]
+--also [] TEXT[:WEIGHT]
+--slg 0.0 X
+--slg-layers None N,N,...
+--slg-interval '0.01:0.2' LOW:HIGH
+--pag 0.0 X
+--pag-layers None N,N,...
+--cache 0.0 X
 How the prompt is read:
 --t5 'on' on,off,omit
 --t5-length None N
@@ -165,12 +179,17 @@ def test_its_value_is_checked(given: dict[str, Any], message: str) -> None:
 
 OTHER = {
     "prompt": "x", "negative": "y", "width": 32, "height": 32, "seed": 1, "count": 2, "steps": 3, "cfg": 2.0,
-    "cfg_interval": "0.2:0.9", "t5": "off", "t5_length": 77, "model": "m", "clip_l": "l", "clip_g": "g", "t5xxl": "t",
+    "cfg_interval": "0.2:0.9", "sampler": "heun", "schedule": "karras", "cfg_schedule": "linear", "cfg_rescale": 0.7,
+    "cfg_zero": True, "apg": "0:15:-0.5", "also": ("a pig:0.5",), "slg": 2.5, "slg_layers": "7", "slg_interval": "0:0.3",
+    "pag": 3.0, "pag_layers": "13", "cache": 0.05, "t5": "off", "t5_length": 77, "model": "m", "clip_l": "l", "clip_g": "g", "t5xxl": "t",
     "vae": "v", "tokenizers": "k", "lora": ("a:0.5",), "variant": "a.py", "weights": "w", "device": "cpu",
     "dtype": "fp32", "quantise": "int8", "attention": "math", "compile": True, "memory": "1GB", "out": "o",
     "prompts": "p", "dump": "d",
 }  # fmt: skip
 UNSEEN = {"count", "device", "memory", "out", "prompts", "dump"}
+QUOTED = {name: f'{name}: "{text}"' for name, text in {
+    "lora": "a:0.5", "cfg_interval": "0.2:0.9", "apg": "0:15:-0.5", "also": "a pig:0.5", "slg_interval": "0:0.3",
+}.items()}  # fmt: skip
 IN_WEIGHTS = {"model", "clip_l", "clip_g", "t5xxl", "vae", "tokenizers", "variant"}  # by what they hold
 
 
@@ -188,9 +207,10 @@ def test_what_tells_pictures_apart(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(OTHER.keys() - {"prompts", "dump", "out", "count"}))
 def test_parameters_has_every_setting(name: str) -> None:
     own = {"steps": "Steps", "cfg": "CFG scale", "seed": "Seed", "model": "Model", "negative": "Negative prompt"}
-    value = OTHER[name][0] if name == "lora" else OTHER[name]
-    expected = {"prompt": "x\n", "width": "Size: 32x1024", "height": "Size: 1024x32", "lora": 'lora: "a:0.5"',
-                "cfg_interval": 'cfg_interval: "0.2:0.9"'}.get(name, f"{own.get(name, name)}: {value}")  # fmt: skip
+    value = OTHER[name]
+    expected = {"prompt": "x\n", "width": "Size: 32x1024", "height": "Size: 1024x32", **QUOTED}.get(
+        name, f"{own.get(name, name)}: {value}"
+    )  # fmt: skip
     assert expected in parameters(replace(Settings("a horse", **SD35_MEDIUM_DEFAULTS), **{name: OTHER[name]}))
 
 
@@ -215,14 +235,16 @@ def refusal(name: str, value: Any) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("name", sorted(OTHER.keys() - {"lora"}))
+@pytest.mark.parametrize("name", sorted(OTHER))
 def test_no_value_is_a_traceback(name: str) -> None:
     """From Python or a list anything may come; it is used, or refused on one line."""
     for value in STRANGE:
         told = refusal(name, value)
         if told is None:
             numbers = ("seed", "width", "height", "cfg")
-            assert isinstance(value, str) or (name == "compile" and value is True) or name in numbers, value
+            nothing = isinstance(OTHER[name], tuple) and value in ([], {})
+            chosen = value is True and isinstance(OTHER[name], bool)
+            assert isinstance(value, str) or chosen or nothing or name in numbers, value
         else:
             assert told.isprintable() and told.startswith((f"{name} is ", "seed is ")) and len(told) < 400
     assert refusal("cfg", 10**300) is None

@@ -14,7 +14,7 @@ from torch import Tensor
 from mmdit.altered import Change
 from mmdit.common.errors import SettingsError
 from mmdit.common.options import Mark, marked
-from mmdit.driver.sampling import guidance_of, sigmas_of, solver_of
+from mmdit.driver.sampling import changes, guidance_of, sigmas_of, solver_of
 from mmdit.driver.settings import Settings
 from mmdit.driver.stages import Stages
 from mmdit.driver.texts import Text, Texts, encode, parts, texts_of
@@ -166,7 +166,7 @@ class Drawing:
         self._watchers, self._ended = [Finite(stages), *watchers], False
         for s in {kind(s): s for s in pictures}.values():
             with stages.turn:
-                stages.plan_for(stages.job(s)._replace(changed=0))
+                stages.plan_for(stages.job(s))
 
     def __iter__(self) -> Iterator[tuple[int, Image.Image]]:
         stages, steps = self._stages, sum(s.steps or 0 for s in self.pictures)
@@ -191,7 +191,7 @@ class Drawing:
         """The pictures with these indices, which are of one kind. waiting: bytes of `texts`."""
         first = self.pictures[alike[0]]
         apart = len({tuple(texts_of(self.pictures[i]).values()) for i in alike}) > 1
-        job = self._stages.job(first, waiting=waiting, apart=apart)
+        job = self._stages.job(first, waiting=waiting, apart=apart, changed=len(changes(first)))
         job = job._replace(count=self._at_a_time(job, len(alike)))
         canvas, queue = Canvas(self._stages, texts), deque[int | Picture](alike)
         with self._stages.turn:

@@ -60,7 +60,7 @@ class Pipeline(Stages):
             by_onednn(self.transformer)
         if settings.compile:
             compile_model(self.transformer, self.device)
-        job = self.job(settings.resolved(self.defaults))._replace(changed=0)
+        job = self.job(settings.resolved(self.defaults))
         with self.turn:
             self.follow(self.plan_for(job), job)
 

@@ -3,6 +3,7 @@
 import difflib
 import math
 from dataclasses import dataclass, fields, replace
+from os import PathLike
 from typing import Any
 
 from mmdit.common.errors import SettingsError
@@ -37,7 +38,9 @@ class Settings(
         for f in fields(self):
             if isinstance(f.default, tuple):  # one or several texts
                 given = getattr(self, f.name) or ()
-                given = (given,) if isinstance(given, str) else tuple(map(str, given))
+                given = (given,) if isinstance(given, str | PathLike) else given
+                if isinstance(given, tuple | list):  # else it is refused by `check`
+                    given = tuple(str(one) if isinstance(one, PathLike) else one for one in given)
                 object.__setattr__(self, f.name, given)
 
     def resolved(self, defaults: dict[str, Any]) -> "Settings":

@@ -102,7 +102,6 @@ class Stages:
         t5_length, context = 0 if s.t5 == "omit" else s.t5_length, self.text.length(s.t5_length)
         levels = len(sampling.levels_of(s, self.shift))
         job = Job(rows, columns, s.count, levels, len(sampling.prompts_of(s)), t5_length, context=context)
-        job = job._replace(changed=len(sampling.changes(s)))
         return job._replace(attention=s.attention, memory=s.memory, **more)
 
     def plan_for(self, job: Job) -> Plan:
