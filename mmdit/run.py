@@ -13,6 +13,7 @@ from mmdit.common.command import Parser, exit_code, give, program, say
 from mmdit.common.errors import SettingsError
 from mmdit.common.files import sweep
 from mmdit.common.options import Mark, kind, rooms
+from mmdit.driver.likeness import filled
 from mmdit.driver.output import Saver, check_writable, is_file, picture_path, save_dump
 from mmdit.driver.prompts import Folders, read_prompts, told_at
 from mmdit.driver.settings import Settings, alone
@@ -50,6 +51,10 @@ def settings_of(arguments: Sequence[str] | None) -> Settings:
     """What a command line asks for."""
     parser = make_parser()
     given = vars(parser.parse_args(arguments))
+    if given["like"] is not None:
+        usual = filled({"like": given["like"], "t5": given["t5"]})
+        parser.set_defaults(**usual)
+        given = vars(parser.parse_args(arguments)) | {"t5": usual["t5"]}
     if given["prompt"] is None and given["prompts"] is None:
         parser.error("expected a prompt, or --prompts FILE")
     if given["prompts"] is not None:

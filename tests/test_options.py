@@ -46,6 +46,9 @@ How it is guided:
 --pag 0.0 X
 --pag-layers None N,N,...
 --cache 0.0 X
+Whose picture it is to be:
+--like None stability,diffusers,comfyui,sdcpp,kohya,focus
+--rng 'cpu' cpu,cuda
 How the prompt is read:
 --t5 'on' on,off,omit
 --t5-length None N
@@ -180,8 +183,10 @@ def test_its_value_is_checked(given: dict[str, Any], message: str) -> None:
 OTHER = {
     "prompt": "x", "negative": "y", "width": 32, "height": 32, "seed": 1, "count": 2, "steps": 3, "cfg": 2.0,
     "cfg_interval": "0.2:0.9", "sampler": "heun", "schedule": "karras", "cfg_schedule": "linear", "cfg_rescale": 0.7,
-    "cfg_zero": True, "apg": "0:15:-0.5", "also": ("a pig:0.5",), "slg": 2.5, "slg_layers": "7", "slg_interval": "0:0.3",
-    "pag": 3.0, "pag_layers": "13", "cache": 0.05, "t5": "off", "t5_length": 77, "model": "m", "clip_l": "l", "clip_g": "g", "t5xxl": "t",
+    "cfg_zero": True, "apg": "0:15:-0.5", "also": ("a pig:0.5",), "slg": 2.5, "slg_layers": "7",
+    "slg_interval": "0:0.3", "pag": 3.0, "pag_layers": "13", "cache": 0.05,
+    "like": "comfyui", "rng": "cuda",
+    "t5": "off", "t5_length": 77, "model": "m", "clip_l": "l", "clip_g": "g", "t5xxl": "t",
     "vae": "v", "tokenizers": "k", "lora": ("a:0.5",), "variant": "a.py", "weights": "w", "device": "cpu",
     "dtype": "fp32", "quantise": "int8", "attention": "math", "compile": True, "memory": "1GB", "out": "o",
     "prompts": "p", "dump": "d",

@@ -5,6 +5,7 @@ from typing import Any
 
 from mmdit.common.options import Mark, from_one, from_one_to, option, wrong
 from mmdit.common.paths import split_scale
+from mmdit.driver.likeness import LIKE
 
 _MOST = 100_000  # pictures of one prompt
 
@@ -23,6 +24,20 @@ class PictureOptions:
     def check_together(self) -> None:
         if not -(2**63) <= self.seed <= 2**64 - self.count:
             raise wrong("seed", self.seed, "a whole number of at most 64 bits")
+
+
+@dataclass(frozen=True)
+class LikeOptions:
+    """Whose picture it is to be"""
+
+    like: str | None = option(
+        None, "do as this program where programs differ; what is given besides holds", choices=LIKE
+    )  # fmt: skip
+    rng: str = option(
+        "cpu",
+        "who draws the noise: cpu, the same on every machine; cuda, as a CUDA device would",
+        choices=("cpu", "cuda"),
+    )
 
 
 def _check_lora(_: str, value: Any) -> None:

@@ -11,7 +11,8 @@ from mmdit.common.options import Mark, check_options, marked, shown
 from mmdit.common.paths import split_scale as split_lora
 from mmdit.common.paths import user_path
 from mmdit.config import MMDiTConfig
-from mmdit.driver.options import ModelOptions, OutputOptions, PictureOptions
+from mmdit.driver.likeness import filled
+from mmdit.driver.options import LikeOptions, ModelOptions, OutputOptions, PictureOptions
 from mmdit.memory.options import MemoryOptions
 from mmdit.options import ComputeOptions
 from samplers.options import GuidanceOptions, SamplerOptions
@@ -28,6 +29,7 @@ class Settings(
     ComputeOptions,
     ModelOptions,
     TextOptions,
+    LikeOptions,
     GuidanceOptions,
     SamplerOptions,
     PictureOptions,
@@ -129,4 +131,4 @@ def settings_from(given: dict[str, Any], base: Settings = Settings()) -> Setting
             close = difflib.get_close_matches(name, names, n=1)
             hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}"
             raise SettingsError(f"no setting {name!r}: {hint}")
-    return replace(base, **given)
+    return replace(base, **filled(given, vars(base)))

@@ -39,6 +39,7 @@ from samplers import (
     guided,
     unguided,
 )
+from samplers.philox import CudaNoise
 from text_encoders import Conditioning
 from vae import Autoencoder, decode_in_strips
 from weights.fingerprint import with_adapters
@@ -195,17 +196,20 @@ class Stages:
         self.check_finite(text.pooled, "CLIP's pooled vector" if clip else "the text's pooled vector")
         return text
 
-    def noise_source(self, seed: int, like: Tensor) -> Source:
+    def noise_source(self, seed: int, like: Tensor, rng: str = "cpu") -> Source:
         """Noise that goes on where the starting latents of this seed, shaped as `like`, end."""
-        generator = torch.Generator().manual_seed(seed)
-        torch.randn(like.shape[1:], generator=generator)
-        return lambda x: torch.randn(x.shape[1:], generator=generator)[None].to(x)
+        draw = generator_of(seed, rng)
+        draw(like.shape[1:])
+        return lambda x: draw(x.shape[1:])[None].to(x)
 
-    def noise(self, width: int, height: int, seeds: Iterable[int]) -> Tensor:
-        """The starting latents, float32 `(B, C, h, w)`, drawn on the CPU so that every device starts alike."""
+    def noise(self, width: int, height: int, seeds: Iterable[int], rng: str = "cpu") -> Tensor:
+        """The starting latents, float32 `(B, C, h, w)`, drawn on the CPU so that every device starts alike.
+
+        rng: "cuda" gives those that a CUDA device would draw.
+        """
         config, cell = self.vae.config, self.vae.config.downscale
         shape = (config.latent_channels, height // cell, width // cell)
-        return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
+        return torch.stack([generator_of(seed, rng)(shape) for seed in seeds])
 
     def prepare(self, texts: Sequence[Conditioning], sigmas: Iterable[float] = ()) -> Prepared:
         """Encoded texts, one after another, ready to be predicted with; sigmas: the noise levels to expect."""
@@ -299,6 +303,14 @@ class Stages:
         narrow = "float16 may be too narrow: try --dtype bf16 or --dtype fp32"
         hint = narrow if self.dtype == torch.float16 else "the weights may be damaged: compare with another copy"
         return NotFiniteError(f"{what}: NaN or infinity; {hint}")
+
+
+def generator_of(seed: int, rng: str) -> Callable[[tuple[int, ...]], Tensor]:
+    """Normal numbers of a shape, float32; each call goes on where the last ended."""
+    if rng == "cuda":
+        return CudaNoise(seed)
+    generator = torch.Generator().manual_seed(seed)
+    return lambda shape: torch.randn(shape, generator=generator)
 
 
 def _convolutions() -> tuple[Any, str, Any]:
