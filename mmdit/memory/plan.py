@@ -26,6 +26,8 @@ class Job(NamedTuple):
     memory: str = "auto"  # the budget, as a user gives it
     waiting: int = 0  # bytes of the host's memory for texts that are encoded and wait
     context: int | None = None  # tokens of a text's context; None: as CLIP and T5 give it
+    chunks: int = 1  # of CLIP's tokens, each encoded as a text of its own
+    blank: int = 0  # 1 where the empty prompt is encoded beside the texts
 
 
 class Bytes(NamedTuple):
