@@ -177,8 +177,8 @@ OTHER = {
     "prompt": "x", "negative": "y", "width": 32, "height": 32, "seed": 1, "count": 2, "steps": 3, "cfg": 2.0,
     "cfg_interval": "0.2:0.9", "prompt_clip_l": "k", "prompt_clip_g": "j", "prompt_t5": "i", "negative_clip_l": "h",
     "negative_clip_g": "f", "negative_t5": "e", "emphasis": True, "long_prompts": True, "embedding": ("q.safetensors",),
-    "clip_chunks": 2, "t5_tokens": 300, "t5": "off", "t5_length": 77, "model": "m", "clip_l": "l", "clip_g": "g", "t5xxl": "t",
-    "vae": "v", "tokenizers": "k", "lora": ("a:0.5",), "variant": "a.py", "weights": "w", "device": "cpu",
+    "clip_chunks": 2, "t5_tokens": 300, "t5": "off", "t5_length": 77, "model": "m", "clip_l": "l", "clip_g": "g",
+    "t5xxl": "t", "vae": "v", "tokenizers": "k", "lora": ("a:0.5",), "variant": "a.py", "weights": "w", "device": "cpu",
     "dtype": "fp32", "quantise": "int8", "attention": "math", "compile": True, "memory": "1GB", "out": "o",
     "prompts": "p", "dump": "d",
 }  # fmt: skip
@@ -234,8 +234,9 @@ def test_no_value_is_a_traceback(name: str) -> None:
     for value in STRANGE:
         told = refusal(name, value)
         if told is None:
-            numbers = ("seed", "width", "height", "cfg")
-            assert isinstance(value, str) or (name in ("compile", "emphasis", "long_prompts") and value is True) or name in numbers, value
+            numbers, switches = ("seed", "width", "height", "cfg"), ("compile", "emphasis", "long_prompts")
+            numbers += ("clip_chunks", "t5_tokens")
+            assert isinstance(value, str) or (name in switches and value is True) or name in numbers, value
         else:
             assert told.isprintable() and told.startswith((f"{name} is ", "seed is ")) and len(told) < 400
     assert refusal("cfg", 10**300) is None

@@ -19,6 +19,7 @@ from torch import Tensor
 from toys import toy_folder
 
 from mmdit.common.errors import SettingsError
+from mmdit.driver.loading import Parts, load_parts
 from mmdit.driver.loop import Drawing, kind
 from mmdit.driver.pipeline import Pipeline
 from mmdit.driver.settings import Settings, identity
@@ -26,6 +27,7 @@ from mmdit.driver.texts import texts_of
 from text_encoders import Prompt, TextEncoder
 from text_encoders.prompts import weighted
 from weights import CheckpointError
+from weights.embeddings import read_embedding
 
 DEFAULTS = {"width": 64, "height": 48, "steps": 1, "cfg": 4.5, "t5_length": 20}
 LENGTH, FRAME = 77, 2  # of a chunk
@@ -52,10 +54,6 @@ def theirs(folder: Path) -> Iterator[StableDiffusion3Pipeline]:
     transformers.logging.set_verbosity(before)
 
 
-def error(ours: Tensor, reference: Tensor) -> float:
-    return relative_error(ours, reference)
-
-
 # ---- a text for each encoder -----------------------------------------------------------------------
 
 
@@ -76,20 +74,27 @@ def test_texts_for_each_encoder_are_those_of_diffusers(
     keywords = {f"{name.split('_')[0]}_{names[name[-1]]}": text for name, text in own.items()}
     trace: dict[str, Tensor] = {}
     pipe.run(pipe.asked({"prompt": "a horse", "negative": "a pig", **keywords}), trace)
-    assert error(trace["cond.context"], context) <= 1e-5 and error(trace["cond.pooled"], pooled) <= 1e-5
-    assert error(trace["uncond.context"], uncond) <= 1e-5 and error(trace["uncond.pooled"], unpooled) <= 1e-5
+    assert (
+        relative_error(trace["cond.context"], context) <= 1e-5 and relative_error(trace["cond.pooled"], pooled) <= 1e-5
+    )
+    assert (
+        relative_error(trace["uncond.context"], uncond) <= 1e-5
+        and relative_error(trace["uncond.pooled"], unpooled) <= 1e-5
+    )
     plain = pipe.encode(["a horse"], 20)
-    assert error(trace["cond.context"], plain.context) > 1e-2
+    assert relative_error(trace["cond.context"], plain.context) > 1e-2
 
 
 def test_a_texts_identity_is_all_that_its_encoding_depends_on(pipe: Pipeline) -> None:
-    base = pipe.check(Settings("a (horse)", **DEFAULTS))
+    base = pipe.check(replace(pipe.settings, prompt="a (horse)"))
     changes: list[dict[str, Any]] = [
         {}, {"prompt_clip_l": "x"}, {"prompt_clip_g": "x"}, {"prompt_t5": "x"}, {"emphasis": True},
         {"prompt": LONG}, {"prompt": LONG, "long_prompts": True}, {"t5_length": 21}, {"negative_t5": "x"},
     ]  # fmt: skip
     all_settings = [pipe.check(replace(base, **change)) for change in changes]
-    assert len({tuple(texts_of(s).values()) for s in all_settings}) == len({*map(identity, all_settings)}) == len(changes)
+    assert (
+        len({tuple(texts_of(s).values()) for s in all_settings}) == len({*map(identity, all_settings)}) == len(changes)
+    )
     prompts = [texts_of(s)["prompt"] for s in all_settings]
     assert len({*prompts}) == len(changes) - 1 and prompts[-1] == prompts[0]
     # Only lengths keep pictures from being drawn together.
@@ -157,7 +162,25 @@ def number(text: str) -> float | None:
 def test_weights_against_a_parser_written_otherwise() -> None:
     """Two thousand random texts of brackets, nested, crossed and alone."""
     random_ = random.Random(0)
-    pieces = ["(", ")", "[", "]", ":", ":1.2)", ": 0.5 )", ":-1)", ":+)", ":1.", "\\", "\\(", "a", "b c", " ", "2", "馬"]
+    pieces = [
+        "(",
+        ")",
+        "[",
+        "]",
+        ":",
+        ":1.2)",
+        ": 0.5 )",
+        ":-1)",
+        ":+)",
+        ":1.",
+        "\\",
+        "\\(",
+        "a",
+        "b c",
+        " ",
+        "2",
+        "馬",
+    ]
     for _ in range(2000):
         text = "".join(random_.choices(pieces, k=random_.randint(0, 12)))
         found, expected = [(c, w) for part, w in weighted(text) for c in part], by_hand(text)
@@ -169,7 +192,7 @@ def test_weights_that_are_too_large(pipe: Pipeline) -> None:
     for text in ("(a:101)", "(a:-1000)", "(" * 60 + "a", f"(a:{'9' * 400})"):
         with pytest.raises(SettingsError, match=r'^the prompt gives "a" a weight of .*: expected -100 to 100$'):
             pipe("x", negative_t5=text, emphasis=True)
-        Settings("x", negative_t5=text).check()
+        pipe.check(replace(pipe.settings, negative_t5=text))
     assert weighted("(a:100)") == [("a", 100)]
 
 
@@ -180,19 +203,18 @@ def test_weights_act_between_the_empty_prompt_and_this(pipe: Pipeline, t5: str) 
     with torch.no_grad():
         found = reader.encode([Prompt("a (red:1.5) [[horse]] (and a:0)", emphasis=True), "a pig"], 12)
         plain, empty = reader.encode(["a red horse and a", "a pig"], 12), reader.encode([""], 12)
-    weights = {"a": 1.0, "red": 1.5, "horse": 1 / 1.21, "and": 0.0, "a ": 0.0}  # one token each
+    weights = [1.0, 1.5, 1 / 1.21, 0.0, 0.0]  # of the words, one token each
     expected = plain.context.double()
-    for begin, width, first in ((0, slice(0, 160), 1), (LENGTH, slice(None), 0)):  # CLIP's tokens, T5's
-        for k, weight in enumerate(weights.values(), first):
-            if begin + k < expected.shape[1]:
-                origin = empty.context[0, begin + k].double()
-                expected[0, begin + k] = origin + weight * (expected[0, begin + k] - origin)
-        del width
+    for first in (1, LENGTH):  # the token after CLIP's start, and T5's first
+        for at, weight in enumerate(weights, first):
+            if at < expected.shape[1]:
+                origin = empty.context[0, at].double()
+                expected[0, at] = origin + weight * (expected[0, at] - origin)
     assert all(torch.equal(found.tokens[name], ids) for name, ids in plain.tokens.items())
-    assert error(found.context, expected) <= 1e-6
-    assert error(found.context[:1], plain.context[:1]) > 1e-2
-    assert error(found.context[1:], plain.context[1:]) <= 1e-6  # of the same batch, without weights
-    assert error(found.pooled, plain.pooled) <= 1e-6
+    assert relative_error(found.context, expected) <= 1e-6
+    assert relative_error(found.context[:1], plain.context[:1]) > 1e-2
+    assert relative_error(found.context[1:], plain.context[1:]) <= 1e-6  # of the same batch, without weights
+    assert relative_error(found.pooled, plain.pooled) <= 1e-6
 
 
 # ---- prompts of any length -------------------------------------------------------------------------
@@ -224,15 +246,15 @@ def test_long_prompts_in_chunks(pipe: Pipeline, theirs: StableDiffusion3Pipeline
         (features_l, pooled_l), (features_g, pooled_g) = (their_chunks(theirs, w, text, chunks) for w in ("", "_2"))
         context, clip = trace[f"{name}.context"], chunks * LENGTH
         assert context.shape[1] == clip + t5_tokens
-        assert error(context[:, :clip, : features_l.shape[-1]], features_l) <= 1e-5
+        assert relative_error(context[:, :clip, : features_l.shape[-1]], features_l) <= 1e-5
         width = features_l.shape[-1] + features_g.shape[-1]
-        assert error(context[:, :clip, features_l.shape[-1] : width], features_g) <= 1e-5
-        assert error(trace[f"{name}.pooled"], torch.cat([pooled_l, pooled_g], 1)) <= 1e-5
+        assert relative_error(context[:, :clip, features_l.shape[-1] : width], features_g) <= 1e-5
+        assert relative_error(trace[f"{name}.pooled"], torch.cat([pooled_l, pooled_g], 1)) <= 1e-5
         ids = theirs.tokenizer_3(text, padding="max_length", max_length=t5_tokens).input_ids
         with torch.no_grad():
-            assert error(context[:, clip:], theirs.text_encoder_3(torch.tensor([ids]))[0]) <= 1e-5
+            assert relative_error(context[:, clip:], theirs.text_encoder_3(torch.tensor([ids]))[0]) <= 1e-5
     empty = pipe.encode([""], 20).context[:, :LENGTH]
-    assert error(trace["uncond.context"][:, LENGTH : 2 * LENGTH], empty) <= 1e-6
+    assert relative_error(trace["uncond.context"][:, LENGTH : 2 * LENGTH], empty) <= 1e-6
 
 
 def test_nothing_is_lost_and_short_prompts_stay_as_they_are(pipe: Pipeline, recwarn: pytest.WarningsRecorder) -> None:
@@ -244,12 +266,12 @@ def test_nothing_is_lost_and_short_prompts_stay_as_they_are(pipe: Pipeline, recw
     assert pipe("a horse")[0].tobytes() == pipe("a horse", long_prompts=True)[0].tobytes() == found[0].tobytes()
     assert not [w for w in recwarn if "too long" in str(w.message)]
     assert pipe.check(replace(lengths[0], prompt="a horse")).clip_chunks == 1
-    assert pipe.check(lengths[0]) == lengths[0] and pipe.check(replace(lengths[0], cfg=1)).clip_chunks == 3
+    assert pipe.check(lengths[0]) == lengths[0] and pipe.check(replace(lengths[0], cfg=1)) == replace(lengths[0], cfg=1)
     assert pipe.check(replace(lengths[2], cfg=1)).clip_chunks == 1  # the negative prompt is not read
 
 
 def test_plans_know_the_length(pipe: Pipeline) -> None:
-    s = pipe.check(Settings(LONG, long_prompts=True, emphasis=True, **DEFAULTS))
+    s = pipe.check(replace(pipe.settings, prompt=LONG, long_prompts=True, emphasis=True))
     job = pipe.job(s)
     assert s.clip_chunks and s.t5_tokens
     assert job.context == s.clip_chunks * LENGTH + s.t5_tokens == texts_length(pipe, s)
@@ -257,7 +279,7 @@ def test_plans_know_the_length(pipe: Pipeline) -> None:
     read = pipe.planner.costs.activations._read
     assert read("clip_l", job) == (2 * s.clip_chunks + 1, LENGTH) and read("t5", job) == (3, s.t5_tokens)
     with pytest.raises(SettingsError, match=r"memory: .* do not suffice"):
-        Drawing(pipe, [pipe.check(replace(s, prompt="a red horse, " * 200_000, memory="1GB"))])
+        Drawing(pipe, [pipe.check(replace(s, prompt="a red horse, " * 6_000, memory="1GB"))])
 
 
 def texts_length(pipe: Pipeline, s: Settings) -> int:
@@ -272,10 +294,9 @@ def drawn(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-def reader_with(folder: Path, *files: Path) -> TextEncoder:
-    text = Pipeline.load(folder, dtype="fp32", device="cpu", embedding=[*map(str, files)]).text
-    assert isinstance(text, TextEncoder)
-    return text
+def parts_with(folder: Path, *files: Path) -> Parts:
+    """Of the model, with textual inversions, its weights not read."""
+    return load_parts(Settings(model=str(folder), dtype="fp32", device="cpu", embedding=(*map(str, files),)))
 
 
 @pytest.fixture(scope="module")
@@ -291,12 +312,16 @@ def test_a_word_is_its_vectors(
     vectors = {"clip_l": drawn(3, widths["clip_l"]), "clip_g": drawn(2, widths["clip_g"])}
     save_file(vectors, tmp_path / "my-style.safetensors")
     save_file({"emb_params": drawn(1, widths["clip_g"])}, tmp_path / "my.safetensors")
-    reader = reader_with(folder, tmp_path / "my.safetensors", tmp_path / "my-style.safetensors")
+    files = [str(tmp_path / "my.safetensors"), str(tmp_path / "my-style.safetensors")]
     with torch.no_grad():
-        found = reader.encode(["a horse, My-Style!my, a bear my-styles"], 12)
+        ours = Pipeline.load(folder, dtype="fp32", device="cpu", embedding=files)
+        found = ours.encode(["a horse, My-Style!my, a bear my-styles"], 40)
     at = {"clip_l": 0, "clip_g": widths["clip_l"]}
     for name, which in (("clip_l", ""), ("clip_g", "_2")):
-        tokenizer, encoder = getattr(theirs, f"tokenizer{which}"), copy.deepcopy(getattr(theirs, f"text_encoder{which}"))
+        tokenizer, encoder = (
+            getattr(theirs, f"tokenizer{which}"),
+            copy.deepcopy(getattr(theirs, f"text_encoder{which}")),
+        )
         own = {"my-style": vectors[name], **({"my": drawn(1, widths["clip_g"])} if name == "clip_g" else {})}
         ids, free = [], iter(range(300, 320))  # of the alphabet that ends words: in no caption
         for part in ("a horse,", "my-style", "!", "my", ", a bear my-styles"):
@@ -308,7 +333,7 @@ def test_a_word_is_its_vectors(
         row = torch.tensor([ids + [tokenizer.pad_token_id] * (LENGTH - len(ids))])
         with torch.no_grad():
             expected = encoder(row, output_hidden_states=True).hidden_states[-2]
-        assert error(found.context[:, :LENGTH, at[name] : at[name] + widths[name]], expected) <= 1e-5
+        assert relative_error(found.context[:, :LENGTH, at[name] : at[name] + widths[name]], expected) <= 1e-5
         assert int((found.tokens[name] < 0).sum()) == sum(map(len, own.values()))
 
 
@@ -317,12 +342,12 @@ def test_files_for_one_clip(folder: Path, widths: dict[str, int], tmp_path: Path
     """It is for the CLIP that is as wide; the other reads the word."""
     vectors = drawn(widths["clip_l"]) if form == "one vector" else drawn(2, widths["clip_l"])
     save_file({form: vectors.half()}, tmp_path / "style.safetensors")
-    reader = reader_with(folder, tmp_path / "style.safetensors")
-    assert {*reader.words} == {"clip_l"}
+    reader = parts_with(folder, tmp_path / "style.safetensors").text
+    assert isinstance(reader, TextEncoder) and {*reader.words} == {"clip_l"}
     assert torch.equal(reader.words["clip_l"].table, vectors.half().float().reshape(-1, widths["clip_l"]))
-    tokens = reader.encode(["a style"], 12).tokens
-    assert tokens["clip_l"][0, 2 : 2 + vectors.numel() // widths["clip_l"]].tolist() == [-1, -2][: vectors.ndim]
-    assert int(tokens["clip_g"].min()) >= 0
+    ids = {name: reader.read(name, [Prompt("a style")])[0].ids for name in ("clip_l", "clip_g", "t5")}
+    assert ids["clip_l"][1:] == [-1, -2][: vectors.ndim]
+    assert min(ids["clip_g"]) >= 0 and ids["t5"] == reader.tokenizer_t5.split("a style")[0]
 
 
 def test_files_that_are_none(folder: Path, widths: dict[str, int], tmp_path: Path) -> None:
@@ -330,7 +355,10 @@ def test_files_that_are_none(folder: Path, widths: dict[str, int], tmp_path: Pat
     wide, wrong = widths["clip_l"], widths["clip_l"] + 8
     files: dict[str, tuple[dict[str, Tensor], str]] = {
         "width": ({"clip_l": drawn(2, wrong)}, f"clip_l: vectors of {wrong}, the model's clip_l has {wide}"),
-        "any": ({"emb_params": drawn(2, wrong)}, f"emb_params: vectors of {wrong}, the model's clip_l has {wide} and the"),
+        "any": (
+            {"emb_params": drawn(2, wrong)},
+            f"emb_params: vectors of {wrong}, the model's clip_l has {wide} and the",
+        ),
         "more": ({"clip_l": drawn(2, wide), "t5xxl": drawn(2, 4)}, "no textual inversion: it holds clip_l, t5xxl; exp"),
         "none": ({}, "no textual inversion: it holds nothing"),
         "long": ({"clip_l": drawn(76, wide)}, "clip_l: 76 vectors, expected 1 to 75"),
@@ -342,18 +370,18 @@ def test_files_that_are_none(folder: Path, widths: dict[str, int], tmp_path: Pat
     for name, (tensors, message) in files.items():
         save_file(tensors, tmp_path / f"{name}.safetensors")
         with pytest.raises(CheckpointError, match=f"{name}.safetensors: {message}"):
-            reader_with(folder, tmp_path / f"{name}.safetensors")
+            read_embedding(tmp_path / f"{name}.safetensors", widths, 75)
     with pytest.raises(CheckpointError, match="no such file"):
-        reader_with(folder, tmp_path / "gone.safetensors")
-    with pytest.raises(SettingsError, match="embedding: .* have the same word, NONE: rename one"):
-        reader_with(folder, tmp_path / "none.safetensors", tmp_path / "NONE.pt")
+        parts_with(folder, tmp_path / "gone.safetensors")
+    with pytest.raises(SettingsError, match=r"embedding: .* have the same word, NONE: rename one"):
+        parts_with(folder, tmp_path / "none.safetensors", tmp_path / "NONE.pt")
 
 
 def test_what_an_embedding_holds_tells_pictures_apart(folder: Path, widths: dict[str, int], tmp_path: Path) -> None:
     def weights(name: str, seed: int) -> str:
         save_file({"clip_l": drawn(seed, widths["clip_l"])}, tmp_path / name)
-        return Pipeline.load(folder, dtype="fp32", embedding=[str(tmp_path / name)]).parts.weights
+        return parts_with(folder, tmp_path / name).weights
 
-    plain = Pipeline.load(folder, dtype="fp32").parts.weights
+    plain = parts_with(folder).weights
     found = [plain, weights("a.safetensors", 1), weights("a.safetensors", 2), weights("b.safetensors", 2)]
     assert len({*found}) == 4 and weights("a.safetensors", 2) == found[2]
