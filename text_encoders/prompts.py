@@ -54,10 +54,10 @@ def weighted(text: str) -> list[tuple[str, float]]:
     r"""A text in parts, each with its weight; the syntax is that of AUTOMATIC1111's web UI.
 
     `(words)` multiplies by 1.1, `[words]` by 1 / 1.1, `(words:1.2)` by 1.2; brackets inside others multiply on. `\(`,
-    `\)`, `\[`, `\]` and `\\` are the characters themselves, another backslash is text. A bracket that nothing closes acts to the end, one that
-    closes nothing is text, and so is a colon with no number and `)` behind it. Round and square brackets may overlap:
-    each pair acts on what lies between. (The web UI's BREAK, and its `[a:b:0.5]`, which changes the text between steps,
-    are not read.)
+    `\)`, `\[`, `\]` and `\\` are the characters themselves, another backslash is text. A bracket that nothing closes
+    acts to the end, one that closes nothing is text, and so is a colon with no number and `)` behind it. Round and
+    square brackets may overlap: each pair acts on what lies between. (The web UI's BREAK, and its `[a:b:0.5]`, which
+    changes the text between steps, are not read.)
 
     Parts of equal weight are joined, empty ones left out. Raises SettingsError for a weight beyond -100 to 100.
     """
