@@ -97,7 +97,8 @@ class Pipeline(Stages):
         """Draw. keywords: negative, width, height, steps, cfg, cfg_interval, seed, count, t5_length, memory, attention.
 
         They are as in Settings, which has more: other texts for an encoder, `emphasis`, `long_prompts`. on_step: called
-        after each step of each picture with what is to be seen there (`mmdit.driver.watch.Stepped`); it may stop the picture, or all.
+        after each step of each picture with what is to be seen there (`mmdit.driver.watch.Stepped`); it may stop the
+        picture, or all.
 
         Returns `count` pictures; picture i equals the single picture of seed + i within rounding. Raises one of
         USER_ERRORS.

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from mmdit.driver.reading import Text, context_length, texts_of
+from mmdit.driver.reading import Text, context_length, in_chunks, texts_of
 from mmdit.driver.settings import Settings
 from mmdit.driver.stages import Stages
 from mmdit.memory.budget import DeviceMemoryError, budget_of
@@ -68,7 +68,7 @@ def encode(stages: Stages, pictures: Sequence[Settings], waiting: int, seconds: 
         for (t5_length, chunks), texts in lengths.items():
             for i in range(0, len(texts), at_once):
                 some = texts[i : i + at_once]
-                encoded = stages.encode([text.prompt for text in some], t5_length, chunks)
+                encoded = stages.encode([text.prompt for text in some], t5_length, **in_chunks(chunks))
                 for k, text in enumerate(some):
                     one = encoded[k : k + 1]
                     found[text] = Conditioning(one.context.cpu().clone(), one.pooled.cpu().clone(), one.tokens)
