@@ -1,6 +1,7 @@
 """How the text encoders' outputs are joined, and running without T5."""
 
 import copy
+import re
 from dataclasses import replace
 
 import pytest
@@ -14,29 +15,23 @@ from text_encoders import (
     T5Config,
     T5Encoder,
     TextEncoder,
-    Tokens,
     join,
 )
+from text_encoders.tokenizers import PromptTokenizer
 
 TINY_L = CLIPConfig(99, 64, 160, 3, 4, 77, 64, "quick_gelu")
 TINY_G = CLIPConfig(99, 96, 200, 4, 6, 77, 40, "gelu")
 
 
-class WordTokenizer:
+class WordTokenizer(PromptTokenizer):
     """Stands in for a real one: a word is a token, its length the id; "!" splits words for CLIP-G only."""
 
     def __init__(self, splits: bool = False) -> None:
-        self.splits = splits
+        self.start, self.end, self.pad, self.splits = [], [61], 0, splits
 
-    def __call__(self, texts: list[str], length: int | None = None) -> Tokens:
-        assert length is not None
-        rows, lost = [], []
-        for text in texts:
-            words = (text.replace("!", " !") if self.splits else text).split()
-            ids = [min(len(word), 60) for word in words][: length - 1]
-            rows.append([*ids, 61] + [0] * (length - 1 - len(ids)))
-            lost.append("\n".join(words[length - 1 :]))
-        return Tokens(torch.tensor(rows), lost)
+    def split(self, text: str) -> tuple[list[int], list[int]]:
+        words = [*re.finditer(r"!|[^\s!]+" if self.splits else r"\S+", text)]
+        return [min(len(word[0]), 60) for word in words], [word.start() for word in words]
 
 
 WIDTH = 200
@@ -48,9 +43,9 @@ def encoder() -> TextEncoder:
     torch.manual_seed(0)
     warnings: list[str] = []
     made = TextEncoder(
-        tokenizer_l=WordTokenizer(),  # pyright: ignore[reportArgumentType]
-        tokenizer_g=WordTokenizer(splits=True),  # pyright: ignore[reportArgumentType]
-        tokenizer_t5=WordTokenizer(),  # pyright: ignore[reportArgumentType]
+        tokenizer_l=WordTokenizer(),
+        tokenizer_g=WordTokenizer(splits=True),
+        tokenizer_t5=WordTokenizer(),
         clip_l=CLIPTextEncoder(TINY_L),
         clip_g=CLIPTextEncoder(TINY_G),
         t5=T5Encoder(T5_TINY),
@@ -62,6 +57,7 @@ def encoder() -> TextEncoder:
     return made
 
 
+HINT = ": --long-prompts reads all of it"
 TEXTS = ["a fox", "", "in the snow of a winter"]
 
 
@@ -131,7 +127,7 @@ def test_encode_refuses_an_unknown_mode(encoder):
 def test_one_warning_for_both_clips(encoder):
     encoder.encode(["fits", "word " * 76 + "THE END"])
     assert encoder.warnings == [
-        'prompt too long for the 77 tokens of CLIP-L and CLIP-G, which lost "THE END"',
+        'prompt too long for the 77 tokens of CLIP-L and CLIP-G, which lost "THE END": --long-prompts reads all of it',
     ]
 
 
@@ -139,14 +135,14 @@ def test_a_warning_for_every_other_cut(encoder):
     """CLIP-G spends more tokens on exclamation marks than CLIP-L, so it may lose more."""
     encoder.encode(["word! " + "word " * 73 + "LAST END", "word " * 100 + "T5"])
     assert encoder.warnings == [
-        'prompt too long for the 77 tokens of CLIP-G, which lost "END"',
-        f'prompt too long for the 77 tokens of CLIP-L and CLIP-G, which lost "{"word " * 24}T5"',
-        'prompt too long for the 100 tokens of T5, which lost "word T5"',
+        'prompt too long for the 77 tokens of CLIP-G, which lost "END"' + HINT,
+        f'prompt too long for the 77 tokens of CLIP-L and CLIP-G, which lost "{"word " * 24}T5"' + HINT,
+        'prompt too long for the 100 tokens of T5, which lost "word T5"' + HINT,
     ]
 
 
 def test_warnings_are_pythons_by_default(encoder):
-    with pytest.warns(UserWarning, match='^prompt too long .*"END"$'):
+    with pytest.warns(UserWarning, match='^prompt too long .*"END": --long-prompts'):
         replace(encoder, warn=TextEncoder.warn).encode(["word " * 76 + "END"])
 
 

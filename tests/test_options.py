@@ -50,6 +50,15 @@ Whose picture it is to be:
 --like None stability,diffusers,comfyui,sdcpp,kohya,focus
 --rng 'cpu' cpu,cuda
 How the prompt is read:
+--prompt-clip-l None TEXT
+--prompt-clip-g None TEXT
+--prompt-t5 None TEXT
+--negative-clip-l None TEXT
+--negative-clip-g None TEXT
+--negative-t5 None TEXT
+--emphasis False what
+--long-prompts False what
+--embedding [] FILE
 --t5 'on' on,off,omit
 --t5-length None N
 The model:
@@ -92,7 +101,8 @@ def test_the_options_are_frozen() -> None:
     """Headings, names, defaults and values of all of them, each a field of Settings and with its default."""
     assert told(make_parser()) == OPTIONS.splitlines()
     names = [a.dest for a in make_parser()._actions if not isinstance(a, argparse._HelpAction)]
-    assert names == [f.name for f in fields(Settings) if f.name != "weights"] == keywords(Settings)
+    found = {"weights", "clip_chunks", "t5_tokens"}
+    assert names == [f.name for f in fields(Settings) if f.name not in found] == keywords(Settings)
     assert settings_of(["x"]) == Settings("x")
     assert settings_of(["--prompts", "x.txt"]) == Settings(prompts="x.txt")
     assert SD35_MEDIUM_DEFAULTS == {"width": 1024, "height": 1024, "steps": 28, "cfg": 4.5, "t5_length": 256}
@@ -186,6 +196,9 @@ OTHER = {
     "cfg_zero": True, "apg": "0:15:-0.5", "also": ("a pig:0.5",), "slg": 2.5, "slg_layers": "7",
     "slg_interval": "0:0.3", "pag": 3.0, "pag_layers": "13", "cache": 0.05,
     "like": "comfyui", "rng": "cuda",
+    "prompt_clip_l": "k", "prompt_clip_g": "j", "prompt_t5": "i", "negative_clip_l": "h", "negative_clip_g": "f",
+    "negative_t5": "e", "emphasis": True, "long_prompts": True, "embedding": ("q.safetensors",), "clip_chunks": 2,
+    "t5_tokens": 300,
     "t5": "off", "t5_length": 77, "model": "m", "clip_l": "l", "clip_g": "g", "t5xxl": "t",
     "vae": "v", "tokenizers": "k", "lora": ("a:0.5",), "variant": "a.py", "weights": "w", "device": "cpu",
     "dtype": "fp32", "quantise": "int8", "attention": "math", "compile": True, "memory": "1GB", "out": "o",
@@ -212,7 +225,7 @@ def test_what_tells_pictures_apart(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(OTHER.keys() - {"prompts", "dump", "out", "count"}))
 def test_parameters_has_every_setting(name: str) -> None:
     own = {"steps": "Steps", "cfg": "CFG scale", "seed": "Seed", "model": "Model", "negative": "Negative prompt"}
-    value = OTHER[name]
+    value = OTHER[name][0] if isinstance(OTHER[name], tuple) else OTHER[name]
     expected = {"prompt": "x\n", "width": "Size: 32x1024", "height": "Size: 1024x32", **QUOTED}.get(
         name, f"{own.get(name, name)}: {value}"
     )  # fmt: skip
@@ -222,10 +235,11 @@ def test_parameters_has_every_setting(name: str) -> None:
 def test_marks() -> None:
     assert {*LOADED} == {
         "model", "clip_l", "clip_g", "t5xxl", "vae", "tokenizers", "lora", "t5", "dtype", "quantise", "device",
-        "compile", "variant",
+        "compile", "variant", "embedding",
     }  # fmt: skip
     assert marked(Settings, Mark.OF_THE_RUN) == ("memory", "prompts", "dump")
-    assert {*marked(Settings, Mark.OWN)} == {"prompt", "negative", "seed", "count", "out"}
+    own = {f"{role}{encoder}" for role in ("prompt", "negative") for encoder in ("", "_clip_l", "_clip_g", "_t5")}
+    assert {*marked(Settings, Mark.OWN)} == {*own, "emphasis", "long_prompts", "seed", "count", "out"}
     assert marked(PictureOptions, Mark.LOADED) == ()
 
 
@@ -246,7 +260,7 @@ def test_no_value_is_a_traceback(name: str) -> None:
     for value in STRANGE:
         told = refusal(name, value)
         if told is None:
-            numbers = ("seed", "width", "height", "cfg")
+            numbers = ("seed", "width", "height", "cfg", "clip_chunks", "t5_tokens")
             nothing = isinstance(OTHER[name], tuple) and value in ([], {})
             chosen = value is True and isinstance(OTHER[name], bool)
             assert isinstance(value, str) or chosen or nothing or name in numbers, value

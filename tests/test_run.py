@@ -170,7 +170,8 @@ def test_the_settings_are_in_the_picture(desk: Desk, negative: str) -> None:
     assert re.fullmatch(r"mmdit( \d+\.\d+\.\d+)?", read.pop("Version"))
     assert read == {
         "Steps": "2", "Sampler": "Euler", "CFG scale": "4.5", "Seed": "8", "Size": "64x48", "Model": "toy",
-        "t5": "on", "t5_length": "40", "dtype": "fp32", "device": "cpu", "memory": "auto", "quantise": "none",
+        "emphasis": "False", "long_prompts": "False", "t5": "on", "t5_length": "40", "dtype": "fp32",
+        "device": "cpu", "memory": "auto", "quantise": "none",
         "attention": "auto", "compile": "False", "weights": weights,
     }  # fmt: skip
 
@@ -180,7 +181,7 @@ def test_a_long_prompt_is_a_warning(desk: Desk) -> None:
     ran = desk.run("horse " * 50 + "and a bear " * 10 + "fish", "--t5-length", 512)
     assert (ran.code, len(ran.errors), len(desk.files())) == (0, 2, 1)
     assert ran.errors[0].startswith("warning: prompt too long for the 77 tokens of CLIP-L and CLIP-G, which lost ")
-    assert ran.errors[0].endswith('bear fish"')
+    assert ran.errors[0].endswith('bear fish": --long-prompts reads all of it')
 
 
 # ---- mistakes ------------------------------------------------------------------------------------

@@ -7,8 +7,10 @@ from mmdit.common.lazy import lazy
 if TYPE_CHECKING:
     from text_encoders.clip import CLIP_G, CLIP_L, CLIPConfig, CLIPTextEncoder
     from text_encoders.conditioning import Conditioning, EncodesText, TextEncoder, join
+    from text_encoders.inversion import Words
+    from text_encoders.prompts import Prompt
     from text_encoders.t5 import T5_XXL, T5Config, T5Encoder
-    from text_encoders.tokenizers import CLIPTokenizer, T5Tokenizer, TokenizerError, Tokens
+    from text_encoders.tokenizers import CLIPTokenizer, Read, T5Tokenizer, TokenizerError, Tokens
 
 __all__ = [
     "CLIP_G",
@@ -19,12 +21,15 @@ __all__ = [
     "CLIPTokenizer",
     "Conditioning",
     "EncodesText",
+    "Prompt",
+    "Read",
     "T5Config",
     "T5Encoder",
     "T5Tokenizer",
     "TextEncoder",
     "TokenizerError",
     "Tokens",
+    "Words",
     "join",
 ]
 __getattr__ = lazy(
@@ -32,7 +37,9 @@ __getattr__ = lazy(
     {
         "clip": ["CLIP_G", "CLIP_L", "CLIPConfig", "CLIPTextEncoder"],
         "conditioning": ["Conditioning", "EncodesText", "TextEncoder", "join"],
+        "inversion": ["Words"],
+        "prompts": ["Prompt"],
         "t5": ["T5_XXL", "T5Config", "T5Encoder"],
-        "tokenizers": ["CLIPTokenizer", "T5Tokenizer", "TokenizerError", "Tokens"],
+        "tokenizers": ["CLIPTokenizer", "Read", "T5Tokenizer", "TokenizerError", "Tokens"],
     },
 )

@@ -108,17 +108,18 @@ class CLIPTextEncoder(nn.Module):
         else:
             self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor, vectors: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Encode texts as Stable Diffusion 3 does.
 
         tokens: integer ids (B, n), n up to `max_length`, padded; every row holds an end token, which
-        must have the largest id of the row (as 49407 has in CLIP's vocabulary).
+        must have the largest id of the row (as 49407 has in CLIP's vocabulary). vectors: (N, D), where
+        ids may be negative: -1 - k has row k in place of a token's embedding.
 
         Returns the output of the last but one block without the final LayerNorm (B, n, D), and the
         final LayerNorm's output at the first end token through `text_projection` (B, P). Padding is
         attended to by what follows it, as in the reference. Raises ValueError for too long a text.
         """
-        penultimate, last = self.text_model(tokens)  # (B, n, D) each
+        penultimate, last = self.text_model(tokens, vectors)  # (B, n, D) each
         end = tokens.argmax(dim=-1).to(last.device)  # the first of equals: padding with the end token does no harm
         pooled = last[torch.arange(len(tokens), device=last.device), end]  # (B, D)
         return penultimate, self.text_projection(pooled)  # (B, n, D), (B, P)
@@ -131,9 +132,9 @@ class TextModel(nn.Module):
         self.encoder = Blocks(config)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.eps)
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor, vectors: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The last but one block's output, and the last one's after the final LayerNorm: (B, n, D) each."""
-        x = penultimate = self.embeddings(tokens)
+        x = penultimate = self.embeddings(tokens, vectors)
         for block in self.encoder.layers:
             penultimate = x
             x = block(x)
@@ -146,13 +147,19 @@ class Embeddings(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.max_length, config.hidden_size)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, vectors: Tensor | None = None) -> Tensor:
         n, limit = tokens.shape[1], self.position_embedding.num_embeddings
         if n > limit:
             raise ValueError(f"CLIP takes at most {limit} tokens, not {n}")
         tokens = tokens.to(self.token_embedding.weight.device)
         positions = torch.arange(n, device=self.position_embedding.weight.device)
-        return self.token_embedding(tokens) + self.position_embedding(positions)  # (B, n, D)
+        if vectors is None:
+            return self.token_embedding(tokens) + self.position_embedding(positions)  # (B, n, D)
+        x = self.token_embedding(tokens.clamp(min=0))  # (B, n, D)
+        own = tokens.to(x.device) < 0
+        rows = (-1 - tokens).to(vectors.device).clamp(min=0)
+        x = torch.where(own[..., None], vectors[rows].to(x), x)
+        return x + self.position_embedding(positions)
 
 
 class Blocks(nn.Module):

@@ -8,10 +8,10 @@ every exclamation mark of a prompt gets the padding's id), and T5's normalisatio
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import sentencepiece
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mmdit.common import jsons
 from mmdit.common.errors import UserError
+from text_encoders.inversion import Words
 
 HINT = "--tokenizers FOLDER names a folder with tokenizer/, tokenizer_2/ and tokenizer_3/"
 
@@ -38,6 +39,16 @@ class Tokens:
 
     ids: Tensor  # (B, n) int64, start and end tokens included, padded to n
     lost: list[str]  # for every prompt, the end that did not fit, as it stands in the prompt; "" for none
+    weights: Tensor | None = None  # (B, n) float32, of every token; None where all are 1
+
+
+class Read(NamedTuple):
+    """A prompt's tokens, neither framed nor cut."""
+
+    text: str
+    ids: list[int]  # -1 - k for row k of the vectors that words stand for
+    starts: list[int]  # where in the text each begins
+    weights: list[float] | None = None  # of each; None where all are 1
 
 
 @dataclass
@@ -80,19 +91,33 @@ class PromptTokenizer:
         a prompt that is not valid Unicode and ValueError for a length without room for a prompt.
         """
         length = self.max_length if length is None else length
+        return self.framed([self.read(text) for text in texts], length)
+
+    def room(self, length: int) -> int:
+        """Tokens of a prompt that `length` ids have room for; ValueError for none."""
         room = length - len(self.start) - len(self.end)
         if room < 1:
             raise ValueError(f"a token length of {length} leaves no room for a prompt")
-        rows, lost = [], []
-        for text in texts:
-            ids, rest = self.cut(text, room)
-            row = [*self.start, *ids, *self.end]
-            rows.append(row + [self.pad] * (length - len(row)))
-            lost.append(rest)
-        return Tokens(torch.tensor(rows, dtype=torch.int64).reshape(len(texts), length), lost)
+        return room
 
-    def cut(self, text: str, room: int) -> tuple[list[int], str]:
-        """The first `room` ids of a text, and the part of the text that the other ids stand for."""
+    def read(self, text: str, weights: Sequence[float] | None = None, words: Words | None = None) -> Read:
+        """The tokens of a text, which has no brackets any more.
+
+        weights: of its characters; a token has that of the first one it stands for. So weights change no token; ComfyUI
+        takes a word apart where a bracket is inside. words: those that stand for vectors.
+        """
+        ids, starts = list[int](), list[int]()
+        for at, part in words.split(text) if words else [(0, text)]:
+            more, places = (
+                ([-1 - row for row in part], [0] * len(part)) if isinstance(part, range) else self.split(part)
+            )
+            ids += more
+            starts += [at + place for place in places]
+        heavy = None if weights is None else [weights[min(start, len(weights) - 1)] for start in starts]
+        return Read(text, ids, starts, heavy)
+
+    def split(self, text: str) -> tuple[list[int], list[int]]:
+        """The ids of a text, and where in it each token begins."""
         try:
             text.encode()
         except UnicodeEncodeError:
@@ -103,9 +128,28 @@ class PromptTokenizer:
             if not of_package(error):
                 raise
             raise TokenizerError(f"the prompt {text!a} cannot be split: {error}") from None
-        if len(encoding.ids) <= room:
-            return encoding.ids, ""
-        return encoding.ids[:room], text[encoding.offsets[room][0] :].strip()
+        return encoding.ids, [start for start, _ in encoding.offsets]
+
+    def framed(self, read: Sequence[Read], length: int, chunks: int = 1) -> Tokens:
+        """Prompts as `chunks` of `length` ids, side by side, each with start, end and padding of its own.
+
+        What a chunk has no room for goes on in the next; chunks that are left are those of an empty prompt.
+        """
+        room = self.room(length)
+        ids, weights, lost = list[list[int]](), list[list[float]](), list[str]()
+        for one in read:
+            row, weighed = list[int](), list[float]()
+            for begin in range(0, chunks * room, room):
+                framed = [*self.start, *one.ids[begin : begin + room], *self.end]
+                heavy = [1.0] * len(self.start) + (one.weights or [])[begin : begin + room]
+                row += framed + [self.pad] * (length - len(framed))
+                weighed += heavy + [1.0] * (length - len(heavy))
+            ids.append(row)
+            weights.append(weighed)
+            lost.append(one.text[one.starts[chunks * room] :].strip() if len(one.ids) > chunks * room else "")
+        plain = all(weight == 1 for row in weights for weight in row)
+        tokens = torch.tensor(ids, dtype=torch.int64).reshape(len(read), chunks * length)
+        return Tokens(tokens, lost, None if plain else torch.tensor(weights))
 
 
 @dataclass

@@ -41,6 +41,11 @@ def with_adapters(model: str, adapters: Sequence[str]) -> str:
     return _hash([model, *adapters]) if adapters else model
 
 
+def with_embeddings(model: str, files: Mapping[str, Path]) -> str:
+    """The hash of a model and of the textual inversions that its prompts may name, by word."""
+    return _hash([model, [(word, of_file(path)) for word, path in files.items()]]) if files else model
+
+
 def of_adapter(path: Path) -> str:
     """A hash of an adapter, a file or a folder; CheckpointError where it cannot be read."""
     return _of_folder(path) if path.is_dir() else of_file(path)

@@ -13,6 +13,7 @@ from mmdit.attention import missing
 from mmdit.common.errors import SettingsError
 from mmdit.driver.building import MODULES, build, variant_of
 from mmdit.driver.defaults import default_settings
+from mmdit.driver.reading import fitted
 from mmdit.driver.sampling import with_layers
 from mmdit.driver.settings import Settings, check_defaults, check_size, split_lora, user_path
 from mmdit.kernels.compiled import lacking
@@ -20,10 +21,11 @@ from mmdit.kernels.quantise import QuantisedSource, quantised
 from mmdit.memory.devices import indexed
 from mmdit.memory.residency import Network
 from mmdit.variants import Variant
-from text_encoders import CLIPTokenizer, EncodesText, T5Tokenizer, TextEncoder, TokenizerError
+from text_encoders import CLIPTokenizer, EncodesText, T5Tokenizer, TextEncoder, TokenizerError, Words
 from weights import Checkpoint, CheckpointError, Component, Source, hub, open_checkpoint, published
 from weights.adapters import Adapters
-from weights.fingerprint import of_adapter, of_model, with_adapters
+from weights.embeddings import read_embedding
+from weights.fingerprint import of_adapter, of_model, with_adapters, with_embeddings
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DEMO = Path(__file__).parents[2] / "weights" / "demo"
@@ -51,7 +53,8 @@ class Parts(NamedTuple):
         check_there(settings, self.device, self.dtype)
         modules = {name: network.module for name, network in self.networks.items()}
         check_size(settings, modules["transformer"].config, modules["vae"].config.downscale)
-        return with_layers(settings, modules["transformer"].config.depth)
+        settings = with_layers(settings, modules["transformer"].config.depth)
+        return fitted(settings, self.text)
 
     @property
     def dtype_name(self) -> str:
@@ -96,9 +99,12 @@ def load_parts(settings: Settings) -> Parts:
         networks[name] = Network(name, modules[name], source, device)
     adapters = Adapters({name: network for name, network in networks.items() if name != "vae"})
     planned = [adapters.plan(split_lora(lora)[0]).report.path for lora in settings.lora]
+    embeddings = embeddings_of(settings)
     text = text_by(made, modules, tokenizers, settings.t5)
+    give_words(text, embeddings)
     configs = {name: module.config for name, module in modules.items()}
     fingerprint = of_model(components, configs, shift, folders.values(), [made.file] if made.file else [])
+    fingerprint = with_embeddings(fingerprint, embeddings)
     weights = with_adapters(fingerprint, [of_adapter(path) for path in planned])
     return Parts(networks, text, adapters, defaults, shift, device, dtype, fingerprint, weights)
 
@@ -191,6 +197,32 @@ def text_by(variant: Variant, modules: dict[str, Any], tokenizers: dict[str, Any
         t5_mode=t5 if "t5" in variant.encoders else "omit",
         width=config.context_size,
     )
+
+
+def embeddings_of(settings: Settings) -> dict[str, Path]:
+    """The files of textual inversions by their words; SettingsError for two of one word."""
+    found: dict[str, Path] = {}
+    for text in settings.embedding:
+        path = user_path("embedding", text)
+        for word, other in found.items():
+            if word.casefold() == path.stem.casefold():
+                raise SettingsError(f"embedding: {other} and {path} have the same word, {path.stem}: rename one")
+        found[path.stem] = path
+    return found
+
+
+def give_words(text: EncodesText, embeddings: dict[str, Path]) -> None:
+    """Have a text encoder know textual inversions; SettingsError where it can know none, CheckpointError for a file."""
+    if not embeddings:
+        return
+    if not isinstance(text, TextEncoder):
+        raise SettingsError("embedding: the model's variant reads texts in a way of its own")
+    widths = {name: clip.config.hidden_size for name, (_, clip) in text.clips.items()}
+    most = min(tokenizer.room(clip.config.max_length) for tokenizer, clip in text.clips.values())
+    vectors = {word: read_embedding(path, widths, most) for word, path in embeddings.items()}
+    for name in widths:
+        own = {word: given[name] for word, given in vectors.items() if name in given}
+        text.words |= {name: Words(own)} if own else {}
 
 
 def device_of(settings: Settings) -> torch.device:

@@ -19,6 +19,7 @@ from mmdit.attention import attention_by
 from mmdit.common.errors import SettingsError
 from mmdit.driver import sampling
 from mmdit.driver.loading import Parts, part_dtype
+from mmdit.driver.reading import context_length, in_chunks, lengths_of
 from mmdit.driver.settings import LOADED, Settings
 from mmdit.kernels.process import Switch
 from mmdit.memory.budget import DeviceMemoryError, budget_of, memory_errors
@@ -40,7 +41,7 @@ from samplers import (
     unguided,
 )
 from samplers.philox import CudaNoise
-from text_encoders import Conditioning
+from text_encoders import Conditioning, Prompt
 from vae import Autoencoder, decode_in_strips
 from weights.fingerprint import with_adapters
 
@@ -100,9 +101,11 @@ class Stages:
         rows, columns = s.height // cell, s.width // cell
         if config.largest is not None:  # a default may be more than the model can do
             rows, columns = (min(side, config.largest * config.patch_size) for side in (rows, columns))
-        t5_length, context = 0 if s.t5 == "omit" else s.t5_length, self.text.length(s.t5_length)
+        t5_length, chunks = lengths_of(s)
+        context, t5_length = context_length(self.text, t5_length, chunks), 0 if s.t5 == "omit" else t5_length
         levels = len(sampling.levels_of(s, self.shift))
         job = Job(rows, columns, s.count, levels, len(sampling.prompts_of(s)), t5_length, context=context)
+        job = job._replace(chunks=chunks, blank=int(s.emphasis))
         return job._replace(attention=s.attention, memory=s.memory, **more)
 
     def plan_for(self, job: Job) -> Plan:
@@ -186,10 +189,14 @@ class Stages:
     # ---- stages ----------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def encode(self, texts: list[str], t5_length: int) -> Conditioning:
-        """Texts to context `(B, n, context_size)` and pooled vectors `(B, pooled_size)`, in one pass."""
+    def encode(self, texts: Sequence[str | Prompt], t5_length: int, chunks: int = 1) -> Conditioning:
+        """Texts to context `(B, n, context_size)` and pooled vectors `(B, pooled_size)`, in one pass.
+
+        chunks: of CLIP's tokens, as `TextEncoder.encode` takes it.
+        """
+        some: list[Any] = list(texts)  # where a variant reads them, all are plain
         with self.computing():
-            text = self.text.encode(texts, t5_length)
+            text = self.text.encode(some, t5_length, **in_chunks(chunks))
         clip = max((ids.shape[1] for name, ids in text.tokens.items() if name.startswith("clip")), default=0)
         self.check_finite(text.context[:, :clip], "CLIP's context")
         self.check_finite(text.context[:, clip:], "T5's context" if clip else "the text's context")

@@ -3,30 +3,25 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from mmdit.driver.sampling import prompts_of
+from mmdit.driver.reading import Text, context_length, in_chunks, texts_of
 from mmdit.driver.settings import Settings
 from mmdit.driver.stages import Stages
 from mmdit.memory.budget import DeviceMemoryError, budget_of
-from text_encoders import Conditioning
+from text_encoders import Conditioning, Prompt
+
+__all__ = ["Text", "Texts", "encode", "parts", "texts_of"]
 
 _AT_A_TIME = 64  # more are no faster
 _KEPT = 0.1  # of the budget, for texts that are encoded and wait
 _KEPT_AT_MOST = 1e9  # bytes
 
-Text = tuple[str, int]  # with the number of T5's tokens
 Texts = dict[Text, Conditioning]  # each a batch of 1, on the CPU
-
-
-def texts_of(s: Settings) -> dict[str, Text]:
-    """What is encoded for a picture, by its part in guidance."""
-    assert s.t5_length
-    return {name: (text, s.t5_length) for name, text in prompts_of(s).items()}
 
 
 def size(stages: Stages, text: Text) -> int:
     """Bytes of a text, encoded."""
-    _, t5_length = text
-    return stages.text.length(t5_length) * stages.text.width * stages.dtype.itemsize
+    length = context_length(stages.text, text.t5_length, text.chunks)
+    return length * stages.text.width * stages.dtype.itemsize
 
 
 def parts(stages: Stages, pictures: Sequence[Settings]) -> Iterator[tuple[list[int], int]]:
@@ -51,11 +46,16 @@ def parts(stages: Stages, pictures: Sequence[Settings]) -> Iterator[tuple[list[i
 
 def encode(stages: Stages, pictures: Sequence[Settings], waiting: int, seconds: dict[str, float]) -> Texts:
     """All texts of these pictures. waiting: the bytes that they take. seconds: the time is added to."""
-    lengths: dict[int, list[str]] = {}
-    for text, length in dict.fromkeys(text for s in pictures for text in texts_of(s).values()):
-        lengths.setdefault(length, []).append(text)
+    lengths: dict[tuple[int, int], list[Text]] = {}
+    for text in dict.fromkeys(text for s in pictures for text in texts_of(s).values()):
+        lengths.setdefault((text.t5_length, text.chunks), []).append(text)
     largest = max(pictures, key=lambda s: (s.width or 0) * (s.height or 0))
-    job = stages.job(replace(largest, t5_length=max(lengths)), waiting=waiting)
+    t5_tokens, clip_chunks = map(max, zip(*lengths))
+    emphasis = any(
+        isinstance(text.prompt, Prompt) and text.prompt.emphasis for some in lengths.values() for text in some
+    )
+    longest = replace(largest, t5_tokens=t5_tokens, clip_chunks=clip_chunks, emphasis=emphasis)
+    job = stages.job(longest, waiting=waiting)
     plan = stages.plan_for(job)
     most = min(_AT_A_TIME, max(map(len, lengths.values())))
     stages.follow(plan, job)
@@ -65,13 +65,13 @@ def encode(stages: Stages, pictures: Sequence[Settings], waiting: int, seconds: 
 
     def work() -> Texts:
         at_once, found = next(sizes), {}
-        for length, texts in lengths.items():
+        for (t5_length, chunks), texts in lengths.items():
             for i in range(0, len(texts), at_once):
                 some = texts[i : i + at_once]
-                encoded = stages.encode(some, length)
+                encoded = stages.encode([text.prompt for text in some], t5_length, **in_chunks(chunks))
                 for k, text in enumerate(some):
                     one = encoded[k : k + 1]
-                    found[text, length] = Conditioning(one.context.cpu().clone(), one.pooled.cpu().clone(), one.tokens)
+                    found[text] = Conditioning(one.context.cpu().clone(), one.pooled.cpu().clone(), one.tokens)
         return found
 
     try:

@@ -40,28 +40,30 @@ class Activations:
 
     def encoding(self, name: str, job: Job) -> int:
         """Bytes for the texts of one picture, all at once."""
-        network, length = self._networks[name], self._tokens(name, job)
+        network, (rows, length) = self._networks[name], self._read(name, job)
 
         def encode() -> int:
             if network.editable:
                 module = self._empty(name)
             else:  # what a layer leaves behind takes no more after twenty of these encoders' layers than after two
                 module = on_meta(type(network.module), replace(network.module.config, num_layers=2), _dtype(network))
-            return peak_bytes(module, torch.zeros(job.texts, length, dtype=torch.long, device="meta"))
+            return peak_bytes(module, torch.zeros(rows, length, dtype=torch.long, device="meta"))
 
-        return self._once((name, job.texts, length), encode)
+        return self._once((name, rows, length), encode)
 
     def encoding_bound(self, name: str, job: Job) -> int:
         """Bytes that `encoding` does not exceed."""
-        config, length = self._networks[name].module.config, self._tokens(name, job)
+        config, (rows, length) = self._networks[name].module.config, self._read(name, job)
         wide = config.intermediate_size if isinstance(config, CLIPConfig) else config.d_ff
-        numbers = job.texts * length * (8 * wide + 4 * config.num_heads * length)
+        numbers = rows * length * (8 * wide + 4 * config.num_heads * length)
         return _dtype(self._networks[name]).itemsize * numbers
 
-    def _tokens(self, name: str, job: Job) -> int:
-        """How many a text encoder reads of each text."""
+    def _read(self, name: str, job: Job) -> tuple[int, int]:
+        """The rows of tokens that a text encoder is given for one picture, and how many each has."""
         config = self._networks[name].module.config
-        return config.max_length if isinstance(config, CLIPConfig) else job.t5_length
+        if isinstance(config, CLIPConfig):
+            return job.texts * job.chunks + job.blank, config.max_length
+        return job.texts + job.blank, job.t5_length
 
     # ---- denoising -------------------------------------------------------------------------------
 
@@ -126,7 +128,8 @@ class Activations:
         if job.context is not None:
             return job.context
         configs = [self._networks[name].module.config for name in of_role(Role.ENCODES_TEXT, self._networks)]
-        return max(config.max_length for config in configs if isinstance(config, CLIPConfig)) + job.t5_length
+        clip = max(config.max_length for config in configs if isinstance(config, CLIPConfig))
+        return job.chunks * clip + job.t5_length
 
     # ---- decoding --------------------------------------------------------------------------------
 

@@ -27,6 +27,8 @@ class Job(NamedTuple):
     waiting: int = 0  # bytes of the host's memory for texts that are encoded and wait
     context: int | None = None  # tokens of a text's context; None: as CLIP and T5 give it
     changed: int = 0  # evaluations for each picture, beside one for each text, by a network that is changed
+    chunks: int = 1  # of CLIP's tokens, each encoded as a text of its own
+    blank: int = 0  # 1 where the empty prompt is encoded beside the texts
 
 
 class Bytes(NamedTuple):
