@@ -17,7 +17,19 @@ from mmdit.images.given import Given, as_text
 from mmdit.images.masks import blurred, cells, new_margins, values
 from mmdit.images.options import ImageOptions, margins_of
 from mmdit.images.read import look, read_mask, read_picture
-from mmdit.images.shape import Box, Margins, area_size, extended, fitted, other_side, own_size, put_back, region
+from mmdit.images.shape import (
+    Box,
+    Margins,
+    area_size,
+    completed,
+    extended,
+    fitted,
+    other_side,
+    own_size,
+    put_back,
+    region,
+    whole,
+)  # fmt: skip
 
 DRAW = np.random.default_rng(0)
 SMOOTH = np.asarray(Image.fromarray(DRAW.integers(0, 256, (3, 4, 3), np.uint8)).resize((40, 24)))  # (24, 40, 3)
@@ -256,10 +268,10 @@ def test_content_counts_and_not_the_place(tmp_path: Path) -> None:
 
 
 def test_sizes_by_hand() -> None:
-    assert own_size((1000, 700), 1024**2, 16) == (992, 688)
-    assert own_size((4000, 3000), 1024**2, 16) == (1168, 880)  # of 1182.4 x 886.8
-    assert own_size((5, 2000), 1024**2, 16) == (16, 2000)
-    assert own_size((1024, 1024), 1024**2, 16) == (1024, 1024)
+    assert own_size((1000, 700), 1024**2) == (1000, 700)
+    assert own_size((4000, 3000), 1024**2) == (1182, 887)
+    assert own_size((1, 2**24), 1024**2) == (1, 4194304)
+    assert whole((1000, 704), 16) == (1008, 704)
     assert area_size((300, 100), 1024**2, 16) == (1776, 592)
     assert other_side(512, 1000, 700, 16) == 352  # of 358.4
     assert other_side(16, 1000, 1, 16) == 16
@@ -303,6 +315,9 @@ def test_extended() -> None:
     assert found.shape == (26, 48, 3) and np.array_equal(found[:24, 3:43], SMOOTH)
     assert (found[:24, :3] == SMOOTH[:, :1]).all() and (found[24:, 43:] == SMOOTH[-1, -1]).all()
     assert np.asarray(extended(mask, margins)).sum() == np.asarray(mask).sum()
+    found = np.asarray(completed(mask, (43, 26)))
+    assert np.array_equal(found[:24, :40], np.asarray(mask)) and (found[:, 40:] == found[:, 39:40]).all()
+    assert (found[24:] == found[23]).all() and completed(image, (43, 26)).size == (43, 26)
     new = np.asarray(new_margins((40, 24), margins))
     assert new.shape == (26, 48) and (new[:24, 3:43] == 0).all() and (new == 255).sum() == 26 * 48 - 24 * 40
 

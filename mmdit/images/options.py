@@ -131,6 +131,12 @@ def full_strength(settings: Any) -> float:
     return STRENGTH if settings.mask is None and settings.outpaint is None else 1.0
 
 
+def steps_of(settings: Any) -> int:
+    """How many steps a picture takes, its strength taken into account."""
+    left_out = 0 if settings.init is None else steps_left_out(settings.steps, full_strength(settings))
+    return settings.steps - left_out
+
+
 def steps_left_out(steps: int, strength: float) -> int:
     """How many of so many steps image to image leaves out at the beginning, all of them for strength 0.
 
