@@ -385,12 +385,13 @@ def test_margins() -> None:
 
 
 @pytest.mark.parametrize(("given", "message"), [
-    ({"mask": "m.png"}, "mask without init"), ({"strength": 0.5}, "strength without init"),
-    ({"outpaint": "0,0,8,0"}, "outpaint without init"), ({"init": "i", "mask_crop": 3}, "mask_crop without mask"),
-    ({"init": "i", "mask_blur": 3}, "mask_blur without mask"), ({"variation_seed": 3}, "without variation_strength"),
-    ({"variation_strength": 0.5}, "without variation_seed"),
-    ({"init": "i", "mask": "m", "mask_crop": 1, "outpaint": "0,0,8,0"}, "mask_crop with outpaint"),
-    ({"init": "i", "mask": "m", "upscale": 2.0}, "upscale with mask"),
+    ({"mask": "m.png"}, "mask is 'm.png', but init is not given"), ({"strength": 0.5}, "but init is not given"),
+    ({"outpaint": "0,0,8,0"}, "but init is not given"), ({"init": "i", "mask_crop": 3}, "but mask is not given"),
+    ({"init": "i", "mask_blur": 3}, "mask_blur is 3, but mask is not given"),
+    ({"variation_seed": 3}, "but variation_strength is not given"),
+    ({"variation_strength": 0.5}, "but variation_seed is not given"),
+    ({"init": "i", "mask": "m", "mask_crop": 1, "outpaint": "0,0,8,0"}, "mask_crop is 1, but outpaint is given too"),
+    ({"init": "i", "mask": "m", "upscale": 2.0}, "upscale is 2.0, but mask or outpaint is given too"),
 ])  # fmt: skip
 def test_what_does_not_go_together(given: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingsError, match=message):

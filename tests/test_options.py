@@ -28,6 +28,19 @@ prompt None what
 --height None H
 --seed 0 S
 --count 1 N
+Pictures to begin with:
+--init None IMAGE
+--strength None X
+--fit 'crop' crop,pad,stretch
+--mask None IMAGE
+--mask-blur 0.0 N
+--mask-crop None MARGIN
+--mask-edges 'pixels' pixels,latent
+--outpaint None LEFT,TOP,RIGHT,BOTTOM
+--upscale None X
+--upscale-strength 0.4 X
+--variation-seed None V
+--variation-strength None X
 How it is denoised:
 --sampler 'euler' euler
 --schedule 'normal' normal
@@ -92,7 +105,9 @@ def test_the_options_are_frozen() -> None:
     """Headings, names, defaults and values of all of them, each a field of Settings and with its default."""
     assert told(make_parser()) == OPTIONS.splitlines()
     names = [a.dest for a in make_parser()._actions if not isinstance(a, argparse._HelpAction)]
-    assert names == [f.name for f in fields(Settings) if f.name != "weights"] == keywords(Settings)
+    assert (
+        names == [f.name for f in fields(Settings) if f.name not in marked(Settings, Mark.FOUND)] == keywords(Settings)
+    )
     assert settings_of(["x"]) == Settings("x")
     assert settings_of(["--prompts", "x.txt"]) == Settings(prompts="x.txt")
     assert SD35_MEDIUM_DEFAULTS == {"width": 1024, "height": 1024, "steps": 28, "cfg": 4.5, "t5_length": 256}
@@ -186,6 +201,9 @@ OTHER = {
     "cfg_zero": True, "apg": "0:15:-0.5", "also": ("a pig:0.5",), "slg": 2.5, "slg_layers": "7",
     "slg_interval": "0:0.3", "pag": 3.0, "pag_layers": "13", "cache": 0.05,
     "like": "comfyui", "rng": "cuda",
+    "init": "i", "strength": 0.5, "fit": "pad", "mask": "j", "mask_blur": 4.0, "mask_crop": 8, "mask_edges": "latent",
+    "outpaint": "0,0,64,0", "upscale": 2.0, "upscale_strength": 0.3, "variation_seed": 5, "variation_strength": 0.1,
+    "images": "h", "size": "30x31",
     "t5": "off", "t5_length": 77, "model": "m", "clip_l": "l", "clip_g": "g", "t5xxl": "t",
     "vae": "v", "tokenizers": "k", "lora": ("a:0.5",), "variant": "a.py", "weights": "w", "device": "cpu",
     "dtype": "fp32", "quantise": "int8", "attention": "math", "compile": True, "memory": "1GB", "out": "o",
@@ -194,8 +212,9 @@ OTHER = {
 UNSEEN = {"count", "device", "memory", "out", "prompts", "dump"}
 QUOTED = {name: f'{name}: "{text}"' for name, text in {
     "lora": "a:0.5", "cfg_interval": "0.2:0.9", "apg": "0:15:-0.5", "also": "a pig:0.5", "slg_interval": "0:0.3",
+    "outpaint": "0,0,64,0",
 }.items()}  # fmt: skip
-IN_WEIGHTS = {"model", "clip_l", "clip_g", "t5xxl", "vae", "tokenizers", "variant"}  # by what they hold
+IN_WEIGHTS = {"model", "clip_l", "clip_g", "t5xxl", "vae", "tokenizers", "variant", "init", "mask"}  # by what they hold
 
 
 @pytest.mark.parametrize("name", OTHER)
@@ -225,7 +244,9 @@ def test_marks() -> None:
         "compile", "variant",
     }  # fmt: skip
     assert marked(Settings, Mark.OF_THE_RUN) == ("memory", "prompts", "dump")
-    assert {*marked(Settings, Mark.OWN)} == {"prompt", "negative", "seed", "count", "out"}
+    assert {*marked(Settings, Mark.OWN)} == {
+        "prompt", "negative", "seed", "count", "out", "variation_seed", "variation_strength",
+    }  # fmt: skip
     assert marked(PictureOptions, Mark.LOADED) == ()
 
 

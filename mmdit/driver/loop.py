@@ -265,7 +265,8 @@ class Drawing:
         self.settings[index], s = replace(self.pictures[index], **actual), replace(alike[index], **actual)
         sigmas, noise = sigmas_of(s, stages.shift), noise_of(stages, s)
         latents, keep = way_of(start, noise, sigmas)
-        picture = Picture(index, s, latents, sigmas, self._tell, lambda: stages.noise_source(s.seed, noise), keep)
+        source = partial(stages.noise_source, s.seed, noise, s.rng)
+        picture = Picture(index, s, latents, sigmas, self._tell, source, keep)
         own = {name: texts[text] for name, text in texts_of(s).items()}
         event = Encoded(settings=s, index=index, texts=own, noise=noise, sigmas=sigmas)
         if start is not None:

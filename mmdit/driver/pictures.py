@@ -98,9 +98,8 @@ def _sized(s: Settings, own: Size, multiple: int) -> Size | None:
 
 
 def result_size(s: Settings) -> Size:
-    """The size of what a settled Settings gives."""
-    assert s.width and s.height
-    width, height = (s.width, s.height) if s.size is None else _size(s.size)
+    """The size of what a settled Settings gives; 0 for a side that is not known yet."""
+    width, height = (s.width or 0, s.height or 0) if s.size is None else _size(s.size)
     return (width, height) if s.upscale is None else (round(s.upscale * width), round(s.upscale * height))
 
 

@@ -35,9 +35,10 @@ def started(stages: Stages, s: Settings) -> Start:
 def noise_of(stages: Stages, s: Settings) -> Tensor:
     """The noise of one picture, `(1, C, h, w)`, float32, where it is denoised: of its seed, or between two seeds."""
     assert s.width and s.height
-    noise = stages.noise(s.width, s.height, [s.seed])
+    noise = stages.noise(s.width, s.height, [s.seed], s.rng)
     if s.variation_seed is not None and s.variation_strength is not None:
-        noise = spherical(noise, stages.noise(s.width, s.height, [s.variation_seed]), s.variation_strength)
+        other = stages.noise(s.width, s.height, [s.variation_seed], s.rng)
+        noise = spherical(noise, other, s.variation_strength)
     return noise.to(stages.device)
 
 
