@@ -226,14 +226,16 @@ def test_bombs_are_refused_before_a_pixel_is_decoded(tmp_path: Path, monkeypatch
         assert "pixels" in refused(str(tmp_path / name)), name
 
 
-def test_webp_sizes_are_those_of_pillow(tmp_path: Path) -> None:
+def test_claimed_sizes_are_those_of_pillow(tmp_path: Path) -> None:
     for name, image, more in (
         ("lossy", Image.new("RGB", (37, 300)), {}),
         ("lossless", Image.new("RGB", (300, 37)), {"lossless": True}),
         ("alpha", Image.new("RGBA", (300, 37), (1, 2, 3, 4)), {}),
     ):
         data = Path(saved(tmp_path, image, name, format="WEBP", **more)).read_bytes()
-        assert read._webp_size(data) == image.size
+        as_png = Path(saved(tmp_path, image, name, format="PNG")).read_bytes()
+        assert read._claimed_size(as_png) == image.size
+        assert read._claimed_size(data) == image.size
 
 
 def test_large_files_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -296,7 +296,7 @@ class Stages:
             rows = self.plan.init_strip or image.shape[2]
             mean, _ = encode_in_strips(self.vae, image, rows, "cpu")
         self.check_finite(mean, "the latents of the picture to begin with")
-        return mean.float()
+        return mean.float().contiguous()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
