@@ -169,9 +169,9 @@ def test_what_is_transparent_is_white_and_of_a_mask_black(tmp_path: Path) -> Non
 
 def test_of_an_animation_the_first_picture(tmp_path: Path) -> None:
     first, second = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
-    for name, more in (("a.png", {}), ("a.webp", {"lossless": True})):
+    for name, more in (("a.png", {}), ("a.webp", {"lossless": True}), ("a.jpg", {"format": "MPO"})):
         given = saved(tmp_path, first, name, save_all=True, append_images=[second], **more)
-        assert np.array_equal(pixels(given), np.full((8, 8, 3), [255, 0, 0])), name
+        assert np.abs(pixels(given) - [255, 0, 0]).max() <= (3 if name == "a.jpg" else 0), name
 
 
 def test_what_is_no_picture_is_refused(tmp_path: Path) -> None:
