@@ -28,6 +28,19 @@ prompt None what
 --height None H
 --seed 0 S
 --count 1 N
+Pictures to begin with:
+--init None IMAGE
+--strength None X
+--fit 'crop' crop,pad,stretch
+--mask None IMAGE
+--mask-blur 0.0 N
+--mask-crop None MARGIN
+--mask-edges 'pixels' pixels,latent
+--outpaint None LEFT,TOP,RIGHT,BOTTOM
+--upscale None X
+--upscale-strength 0.4 X
+--variation-seed None V
+--variation-strength None X
 How it is denoised:
 --sampler 'euler' euler
 --schedule 'normal' normal
@@ -101,8 +114,9 @@ def test_the_options_are_frozen() -> None:
     """Headings, names, defaults and values of all of them, each a field of Settings and with its default."""
     assert told(make_parser()) == OPTIONS.splitlines()
     names = [a.dest for a in make_parser()._actions if not isinstance(a, argparse._HelpAction)]
-    found = {"weights", "clip_chunks", "t5_tokens"}
-    assert names == [f.name for f in fields(Settings) if f.name not in found] == keywords(Settings)
+    assert (
+        names == [f.name for f in fields(Settings) if f.name not in marked(Settings, Mark.FOUND)] == keywords(Settings)
+    )
     assert settings_of(["x"]) == Settings("x")
     assert settings_of(["--prompts", "x.txt"]) == Settings(prompts="x.txt")
     assert SD35_MEDIUM_DEFAULTS == {"width": 1024, "height": 1024, "steps": 28, "cfg": 4.5, "t5_length": 256}
@@ -199,6 +213,9 @@ OTHER = {
     "prompt_clip_l": "k", "prompt_clip_g": "j", "prompt_t5": "i", "negative_clip_l": "h", "negative_clip_g": "f",
     "negative_t5": "e", "emphasis": True, "long_prompts": True, "embedding": ("q.safetensors",), "clip_chunks": 2,
     "t5_tokens": 300,
+    "init": "i", "strength": 0.5, "fit": "pad", "mask": "j", "mask_blur": 4.0, "mask_crop": 8, "mask_edges": "latent",
+    "outpaint": "0,0,64,0", "upscale": 2.0, "upscale_strength": 0.3, "variation_seed": 5, "variation_strength": 0.1,
+    "images": "h", "size": "30x31",
     "t5": "off", "t5_length": 77, "model": "m", "clip_l": "l", "clip_g": "g", "t5xxl": "t",
     "vae": "v", "tokenizers": "k", "lora": ("a:0.5",), "variant": "a.py", "weights": "w", "device": "cpu",
     "dtype": "fp32", "quantise": "int8", "attention": "math", "compile": True, "memory": "1GB", "out": "o",
@@ -207,8 +224,9 @@ OTHER = {
 UNSEEN = {"count", "device", "memory", "out", "prompts", "dump"}
 QUOTED = {name: f'{name}: "{text}"' for name, text in {
     "lora": "a:0.5", "cfg_interval": "0.2:0.9", "apg": "0:15:-0.5", "also": "a pig:0.5", "slg_interval": "0:0.3",
+    "outpaint": "0,0,64,0",
 }.items()}  # fmt: skip
-IN_WEIGHTS = {"model", "clip_l", "clip_g", "t5xxl", "vae", "tokenizers", "variant"}  # by what they hold
+IN_WEIGHTS = {"model", "clip_l", "clip_g", "t5xxl", "vae", "tokenizers", "variant", "init", "mask"}  # by what they hold
 
 
 @pytest.mark.parametrize("name", OTHER)
@@ -239,7 +257,8 @@ def test_marks() -> None:
     }  # fmt: skip
     assert marked(Settings, Mark.OF_THE_RUN) == ("memory", "prompts", "dump")
     own = {f"{role}{encoder}" for role in ("prompt", "negative") for encoder in ("", "_clip_l", "_clip_g", "_t5")}
-    assert {*marked(Settings, Mark.OWN)} == {*own, "emphasis", "long_prompts", "seed", "count", "out"}
+    own |= {"emphasis", "long_prompts", "seed", "count", "out", "variation_seed", "variation_strength"}
+    assert {*marked(Settings, Mark.OWN)} == own
     assert marked(PictureOptions, Mark.LOADED) == ()
 
 

@@ -13,6 +13,7 @@ from mmdit.attention import missing
 from mmdit.common.errors import SettingsError
 from mmdit.driver.building import MODULES, build, variant_of
 from mmdit.driver.defaults import default_settings
+from mmdit.driver.pictures import enlarged, settled
 from mmdit.driver.reading import fitted
 from mmdit.driver.sampling import with_layers
 from mmdit.driver.settings import Settings, check_defaults, check_size, split_lora, user_path
@@ -49,12 +50,16 @@ class Parts(NamedTuple):
 
     def check(self, settings: Settings) -> Settings:
         """The settings with the model's defaults, dtype and files; SettingsError for what this model cannot do."""
-        settings = replace(settings.resolved(self.defaults), dtype=self.dtype_name, weights=self.weights)
-        check_there(settings, self.device, self.dtype)
+        settings.resolved(self.defaults)  # mistakes first: pictures have to be read
         modules = {name: network.module for name, network in self.networks.items()}
-        check_size(settings, modules["transformer"].config, modules["vae"].config.downscale)
-        settings = with_layers(settings, modules["transformer"].config.depth)
-        return fitted(settings, self.text)
+        config, cell = modules["transformer"].config, modules["vae"].config.downscale
+        settings = settled(settings, self.defaults, config.patch_size * cell).resolved(self.defaults)
+        settings = replace(settings, dtype=self.dtype_name, weights=self.weights)
+        check_there(settings, self.device, self.dtype)
+        check_size(settings, config, cell)
+        if settings.upscale is not None:
+            check_size(enlarged(settings, config.patch_size * cell), config, cell)
+        return fitted(with_layers(settings, config.depth), self.text)
 
     @property
     def dtype_name(self) -> str:

@@ -42,7 +42,7 @@ from samplers import (
 )
 from samplers.philox import CudaNoise
 from text_encoders import Conditioning, Prompt
-from vae import Autoencoder, decode_in_strips
+from vae import Autoencoder, decode_in_strips, encode_in_strips
 from weights.fingerprint import with_adapters
 
 T = TypeVar("T")
@@ -104,8 +104,8 @@ class Stages:
         t5_length, chunks = lengths_of(s)
         context, t5_length = context_length(self.text, t5_length, chunks), 0 if s.t5 == "omit" else t5_length
         levels = len(sampling.levels_of(s, self.shift))
-        job = Job(rows, columns, s.count, levels, len(sampling.prompts_of(s)), t5_length, context=context)
-        job = job._replace(chunks=chunks, blank=int(s.emphasis))
+        job = Job(rows, columns, s.count, max(1, levels), len(sampling.prompts_of(s)), t5_length, context=context)
+        job = job._replace(chunks=chunks, blank=int(s.emphasis), init=s.init is not None)
         return job._replace(attention=s.attention, memory=s.memory, **more)
 
     def plan_for(self, job: Job) -> Plan:
@@ -287,7 +287,22 @@ class Stages:
         """Have blocks return what another run had there; see `mmdit.inside.patch`."""
         return inside.patch(self.transformer, seen, name, blocks)
 
-    # ---- the last stage ----------------------------------------------------------------------------
+    # ---- pictures ----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode_picture(self, pixels: Tensor) -> Tensor:
+        """Pixels, uint8 `(B, H, W, 3)`, to latents, float32 `(B, C, h, w)` on the device: the mean of their Gaussian.
+
+        H and W are multiples of 8, as the transformer needs them of 16.
+        """
+        with self.computing():
+            self.residency.use("vae")
+            image = pixels.permute(0, 3, 1, 2).float()  # (B, 3, H, W)
+            image = image.div_(127.5).sub_(1).to(self.device, part_dtype("vae", self.dtype))
+            rows = self.plan.init_strip or image.shape[2]
+            mean, _ = encode_in_strips(self.vae, image, rows, "cpu")
+        self.check_finite(mean, "the latents of the picture to begin with")
+        return mean.float().contiguous()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

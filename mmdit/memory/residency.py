@@ -34,6 +34,7 @@ class Role(StrEnum):
     """What a network does for a picture; the value is the stage in which it does that."""
 
     ENCODES_TEXT = "encode"
+    ENCODES_PICTURE = "init"
     DENOISES = "denoise"
     DECODES = "decode"
 
@@ -53,8 +54,9 @@ ROLES = {
 
 
 def of_role(role: Role, names: Iterable[str]) -> list[str]:
-    """Those of these networks that have the role."""
-    return [name for name in names if ROLES[name] is role]
+    """Those of these networks that have the role; the one that decodes pictures encodes them too."""
+    own = Role.DECODES if role is Role.ENCODES_PICTURE else role
+    return [name for name in names if ROLES[name] is own]
 
 
 class Network:
