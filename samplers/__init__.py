@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         solver,
     )
     from samplers.guidance import Term, classifier_free_guidance, combined, unguided
-    from samplers.schedule import SCHEDULES, Schedule, shift_sigma, shifted_sigmas
+    from samplers.schedule import SCHEDULES, Schedule, scheduled, shift_for, shift_sigma, shifted_sigmas
     from samplers.solvers import SOLVERS, euler
 
 __all__ = [
@@ -52,6 +52,8 @@ __all__ = [
     "drawing",
     "euler",
     "guided",
+    "scheduled",
+    "shift_for",
     "shift_sigma",
     "shifted_sigmas",
     "solver",
@@ -62,6 +64,6 @@ _FLOW = ["NEGATIVE", "PROMPT", *_TOLD, "Guidance", "Guiding", "Solver", "Solving
 __getattr__ = lazy(__name__, {
     "flow": [*_FLOW, "drawing", "guided", "solver"],
     "guidance": ["Term", "classifier_free_guidance", "combined", "unguided"],
-    "schedule": ["SCHEDULES", "Schedule", "shift_sigma", "shifted_sigmas"],
+    "schedule": ["SCHEDULES", "Schedule", "scheduled", "shift_for", "shift_sigma", "shifted_sigmas"],
     "solvers": ["SOLVERS", "euler"],
 })  # fmt: skip

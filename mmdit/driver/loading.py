@@ -13,7 +13,7 @@ from mmdit.attention import missing
 from mmdit.common.errors import SettingsError
 from mmdit.driver.building import MODULES, build, variant_of
 from mmdit.driver.defaults import default_settings
-from mmdit.driver.sampling import with_layers
+from mmdit.driver.sampling import sigmas_of, with_layers, with_shift
 from mmdit.driver.settings import Settings, check_defaults, check_size, split_lora, user_path
 from mmdit.kernels.compiled import lacking
 from mmdit.kernels.quantise import QuantisedSource, quantised
@@ -51,6 +51,8 @@ class Parts(NamedTuple):
         check_there(settings, self.device, self.dtype)
         modules = {name: network.module for name, network in self.networks.items()}
         check_size(settings, modules["transformer"].config, modules["vae"].config.downscale)
+        settings = with_shift(settings, self.shift, self.defaults)
+        sigmas_of(settings, self.shift)  # there may be no so many noise levels
         return with_layers(settings, modules["transformer"].config.depth)
 
     @property

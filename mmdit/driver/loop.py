@@ -234,7 +234,8 @@ class Drawing:
         assert s.width and s.height and s.steps
         sigmas = sigmas_of(s, self._stages.shift)
         noise = self._stages.noise(s.width, s.height, [s.seed]).to(self._stages.device)
-        picture = Picture(index, s, noise, sigmas, self._tell, lambda: self._stages.noise_source(s.seed, noise))
+        start = noise * float(sigmas[0])  # below 1 the rest of the latents is clean, of which nothing is known: 0
+        picture = Picture(index, s, start, sigmas, self._tell, lambda: self._stages.noise_source(s.seed, noise))
         own = {name: texts[text] for name, text in texts_of(s).items()}
         self._tell(picture, Encoded(settings=s, index=index, texts=own, noise=noise, sigmas=sigmas))
         return picture

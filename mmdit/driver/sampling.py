@@ -3,13 +3,14 @@
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mmdit.altered import Change
 from mmdit.common.errors import SettingsError
 from mmdit.driver.settings import Settings
-from samplers import NEGATIVE, PROMPT, SCHEDULES, SOLVERS, Guidance, Solver, Term, guidance
-from samplers.options import interval_of, layers_of, projection_of, weighted
+from samplers import NEGATIVE, PROMPT, SOLVERS, Guidance, Solver, Term, guidance, scheduled, shift_for
+from samplers.options import interval_of, layers_of, projection_of, shift_of, sigmas_in, weighted
 
 
 def solver_of(s: Settings) -> Solver:
@@ -17,9 +18,23 @@ def solver_of(s: Settings) -> Solver:
 
 
 def sigmas_of(s: Settings, shift: float) -> Tensor:
-    """The noise levels of its steps, `(steps + 1,)`, float32. shift: the model's own."""
+    """The noise levels of its steps, `(steps + 1,)`, float32; SettingsError where a schedule has no so many.
+
+    shift: the model's own.
+    """
     assert s.steps
-    return SCHEDULES[s.schedule](s.steps, shift)
+    if s.sigmas is not None:
+        return torch.tensor([*sigmas_in(s.sigmas), 0.0])
+    own = None if s.shift is None else shift_of(s.shift)
+    return scheduled(s.schedule, s.steps, own or shift)
+
+
+def with_shift(s: Settings, shift: float, usual: dict[str, Any]) -> Settings:
+    """With a number for a shift of auto. shift: the model's own, for pictures of its `usual` width and height."""
+    if s.shift != "auto":
+        return s
+    assert s.width and s.height
+    return replace(s, shift=f"{shift_for(shift, s.width * s.height, usual['width'] * usual['height']):.6g}")
 
 
 def levels_of(s: Settings, shift: float) -> list[float]:
