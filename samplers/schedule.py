@@ -73,8 +73,9 @@ def beta(steps: int, shift: float = 3.0) -> Tensor:
     _check(steps, shift)
     quantiles = 1 - torch.arange(steps, dtype=torch.float64) / steps
     # The entry nearest to 999 times the inverse of the distribution is how many of the halves between lie below it.
+    # Only 499.5 may be met, at the quantile 1/2: it goes up, to an even number, as NumPy rounds.
     halves = (torch.arange(1, _TRAINED, dtype=torch.float64) - 0.5) / (_TRAINED - 1)
-    picked = torch.searchsorted(incomplete_beta(halves, _BETA), quantiles)
+    picked = torch.searchsorted(incomplete_beta(halves, _BETA), quantiles + 1e-12)
     return _to_zero(_trained(shift)[picked])
 
 

@@ -1,8 +1,8 @@
 """Multistep solvers that take the noise out exactly, and the clean latents for a polynomial of lambda = -log sigma.
 
-With the clean latents D = x - sigma velocity the flow is d x / d lambda = D - x. From level s to t, h = log(s / t), x_t is
-e^-h x_s and the integral of e^(tau - h) D over tau from 0 to h. Where D stays as it is, that is Euler's step. So each
-solver is Euler's step and a correction by how D changed.
+With the clean latents D = x - sigma velocity the flow is d x / d lambda = D - x. From level s to t, h = log(s / t), x_t
+is e^-h x_s and the integral of e^(tau - h) D over tau from 0 to h. Where D stays as it is, that is Euler's step. So
+each solver is Euler's step and a correction by how D changed.
 """
 
 import math
