@@ -31,6 +31,7 @@ SPACINGS = {
     "karras": "Karras",
     "exponential": "Exponential",
     "linear": "Linear",
+    "discrete": "Discrete",
 }
 
 _MOST_STEPS = 100_000

@@ -101,6 +101,15 @@ def linear(steps: int, shift: float = 3.0) -> Tensor:
     return shift_sigma(torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64), shift).float()
 
 
+def discrete(steps: int, shift: float = 3.0) -> Tensor:
+    """Evenly spaced over the trained levels from the largest to the smallest, shifted once.
+
+    stable-diffusion.cpp `discrete`.
+    """
+    _check(steps, shift)
+    return _to_zero(shift_sigma(torch.linspace(1.0, 1 / _TRAINED, steps, dtype=torch.float64), shift))
+
+
 SCHEDULES: dict[str, Schedule] = {
     "normal": shifted_sigmas,
     "sgm_uniform": sgm_uniform,
@@ -109,6 +118,7 @@ SCHEDULES: dict[str, Schedule] = {
     "karras": karras,
     "exponential": exponential,
     "linear": linear,
+    "discrete": discrete,
 }
 
 

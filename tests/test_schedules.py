@@ -27,6 +27,7 @@ def test_schedules_have_the_published_numbers() -> None:
         "sgm_uniform": ([0.27012, 0.19385, 0.1075], 0.07933),
         "simple": ([0.26645, 0.18881, 0.10075], 0.07143),
         "linear": ([0.26471, 0.1875, 0.1], 0.07143),
+        "discrete": ([0.19565, 0.10595, 0.00299], 0.00299),
     }
     for name, (last, of_40) in expected.items():
         assert [round(s, 5) for s in SCHEDULES[name](28, 3.0).tolist()[-4:-1]] == last
@@ -44,6 +45,7 @@ def test_schedules_are_the_written_out_formulas(steps: int, shift: float) -> Non
         "karras": [(1 + (least ** (1 / 7) - 1) * part) ** 7 for part in even],
         "exponential": [math.exp(math.log(least) * part) for part in even],
         "linear": [shifted(1 - i / steps, shift) for i in range(steps)],
+        "discrete": [shifted((999 * (1 - part) + 1) / 1000, shift) for part in even],
     }
     for name, levels in expected.items():
         sigmas = SCHEDULES[name](steps, shift)
