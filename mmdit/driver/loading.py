@@ -15,7 +15,7 @@ from mmdit.driver.building import MODULES, build, variant_of
 from mmdit.driver.defaults import default_settings
 from mmdit.driver.pictures import enlarged, settled
 from mmdit.driver.reading import fitted
-from mmdit.driver.sampling import with_layers
+from mmdit.driver.sampling import sigmas_of, with_layers, with_shift
 from mmdit.driver.settings import Settings, check_defaults, check_size, split_lora, user_path
 from mmdit.kernels.compiled import lacking
 from mmdit.kernels.quantise import QuantisedSource, quantised
@@ -59,6 +59,8 @@ class Parts(NamedTuple):
         check_size(settings, config, cell)
         if settings.upscale is not None:
             check_size(enlarged(settings, config.patch_size * cell), config, cell)
+        settings = with_shift(settings, self.shift, self.defaults)
+        sigmas_of(settings, self.shift)  # there may be no so many noise levels
         return fitted(with_layers(settings, config.depth), self.text)
 
     @property
