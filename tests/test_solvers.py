@@ -168,6 +168,14 @@ def theirs(scheduler: SchedulerMixin, x: Tensor, sigmas: Tensor, in_flow: bool, 
     return x * scale[-1]
 
 
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_step_to_zero_ends_at_the_clean_latents(name: str) -> None:
+    """Those that the last velocity points to, whatever came before."""
+    steps = list[Step]()
+    end = SOLVERS[name](curved, noise(2, 3), SCHEDULES["linear"](7, 3.0).double(), steps.append, source(2))
+    assert relative_error(end, steps[-1].denoised) <= 1e-12
+
+
 STEPS = [1, 2, 3, 4, 9, 20]
 
 
