@@ -107,8 +107,10 @@ class Prepared:
             self._known[sigma] = [tuple(tuple(t[rows] for t in part) for part in parts) for parts in told]
 
 
-def predict(latents: Tensor, rows: Sequence[Row]) -> Tensor:
+def predict(latents: Tensor, rows: Sequence[Row], *more: Tensor) -> Any:
     """The velocity of latents `(R, C, h, w)`, in their dtype, each by its own row; all contexts of one length.
+
+    more: what else the model is called with, and then whatever it returns (`mmdit.controlled`).
 
     Rows that share noise level and preparation should lie side by side: they are looked up at once.
     """
@@ -120,7 +122,7 @@ def predict(latents: Tensor, rows: Sequence[Row]) -> Tensor:
         if row.change is not None:
             changes.setdefault(row.change, []).append(i)
     with answering(first, latents, known), altered(first.model, changes):
-        return first.model(latents, known.sigma, known.context, known.pooled)
+        return first.model(latents, known.sigma, known.context, known.pooled, *more)
 
 
 def together(groups: Sequence[Known]) -> Known:
