@@ -23,6 +23,13 @@ from weights.layouts import is_ignored
 STEM = "diffusion_pytorch_model"
 TYPES = ("blur", "canny", "depth")  # in the order of Stability AI's numbers
 _TYPE = "control_type"  # the tensor with that number
+# Width, whether it reads a text, query-key norm: whose ControlNet that is.
+MODELS = {
+    (1536, True, False): "SD3-Medium",
+    (1536, True, True): "SD3.5-Medium",
+    (2432, False, False): "SD3.5-Large",
+}
+_LATENT = 16  # channels of Stable Diffusion 3's latents
 
 
 class ControlFile(NamedTuple):
@@ -65,3 +72,18 @@ def _type(tensors: Mapping[str, TensorInfo]) -> str | None:
     except (OSError, RuntimeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{info.file}: {info.key} cannot be read: {error}") from None
     return TYPES[number] if 0 <= number < len(TYPES) else None
+
+
+def told_control(opened: ControlFile) -> tuple[str | None, str, str | None]:
+    """Whose transformer a ControlNet is for, if it is published, the rest in words, and what is wrong with it."""
+    shapes, key = opened.component.shapes, "pos_embed_input.proj.weight"
+    if len(shapes.get(key, ())) != 4:
+        return None, "damaged", f"{opened.component.spelled(key)} is not a convolution"
+    width, channels = shapes[key][:2]
+    blocks = len({name.split(".")[1] for name in shapes if name.startswith("controlnet_blocks.")})
+    text = "context_embedder.weight" in shapes
+    norm = any(name.endswith("attn.ln_k.weight") for name in shapes)
+    told = [f"{blocks} blocks", *([] if text else ["without a text"])]
+    told += ["with a mask"] if channels == _LATENT + 1 else []
+    told += [opened.type] if opened.type else []
+    return MODELS.get((width, text, norm)), ", ".join(told), None
