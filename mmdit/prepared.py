@@ -110,7 +110,7 @@ class Prepared:
 def predict(latents: Tensor, rows: Sequence[Row], *more: Tensor) -> Any:
     """The velocity of latents `(R, C, h, w)`, in their dtype, each by its own row; all contexts of one length.
 
-    more: what else the model is called with, and then whatever it returns (`mmdit.controlled`).
+    more: what else the model is called with, and then whatever it returns (`mmdit.control.adding`).
 
     Rows that share noise level and preparation should lie side by side: they are looked up at once.
     """

@@ -11,7 +11,7 @@ from reference import randomize
 from torch import Tensor
 
 from mmdit.config import TOY, MMDiTConfig
-from mmdit.control import ControlConfig, ControlNet
+from mmdit.control.network import ControlConfig, ControlNet
 from weights.keymap import CONTROL, revert, to_diffusers
 from weights.published import control_config, write_json
 

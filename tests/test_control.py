@@ -11,8 +11,8 @@ from reference import Inputs, draw, relative_error, transformers
 from torch import Tensor
 
 from mmdit.config import SD35_LARGE
-from mmdit.control import ControlConfig, ControlNet
-from mmdit.controlled import Added, adding, residual_of, residuals, usual_map
+from mmdit.control.network import ControlConfig, ControlNet
+from mmdit.control.adding import Added, adding, residual_of, residuals, usual_map
 from mmdit.memory.empty import on_meta
 from mmdit.model import MMDiT
 from mmdit.prepared import Prepared, Row
@@ -90,7 +90,9 @@ def test_every_weight_matters_in_these_comparisons(kind: str) -> None:
         tensor.copy_(kept)
     last = f"joint_blocks.{net.config.depth - 1}.context_block."  # its text goes nowhere but into the attention
     ends = ("attn.proj.weight", "attn.proj.bias", "fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias", "ln_q.weight")
-    unused = {last + ("attn." if end.startswith("ln") else "mlp." if end.startswith("fc") else "") + end for end in ends}
+    unused = {
+        last + ("attn." if end.startswith("ln") else "mlp." if end.startswith("fc") else "") + end for end in ends
+    }
     assert set(idle) <= unused
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mmdit.config import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM
-from mmdit.control import ControlConfig, ControlNet
+from mmdit.control.network import ControlConfig, ControlNet
 from mmdit.driver.building import build
 from mmdit.memory.empty import on_meta as empty
 from weights import CheckpointError, open_checkpoint

@@ -7,7 +7,7 @@ from torch import nn
 
 from mmdit import variants
 from mmdit.config import MMDiTConfig
-from mmdit.control import ControlConfig, ControlNet
+from mmdit.control.network import ControlConfig, ControlNet
 from mmdit.memory.empty import on_meta
 from mmdit.model import MMDiT
 from mmdit.variants import Variant
@@ -92,7 +92,11 @@ def check_types(config: Mapping[str, Any], usual: Mapping[str, Any], name: str) 
     """Raise ValueError where a value of the component's config.json is not of the type that published ones have."""
     for key, value in config.items():
         # diffusers writes null for its defaults, transformers does not.
-        if key in usual and usual[key] is not None and (value is not None or name not in ("transformer", "vae", "control")):
+        if (
+            key in usual
+            and usual[key] is not None
+            and (value is not None or name not in ("transformer", "vae", "control"))
+        ):
             like = usual[key] if isinstance(usual[key], list) else [usual[key]]
             found = value if isinstance(value, list) and isinstance(usual[key], list) else [value]
             if not all(alike(one, like[0]) for one in found):

@@ -1,7 +1,7 @@
 """A ControlNet for the transformers of Stable Diffusion 3: what it adds to their image tokens, block by block.
 
 It is the beginning of a transformer that sees one picture more, the control's latent, and has a projection behind each
-of its blocks; these residuals are added behind the blocks of the transformer that draws (`mmdit.controlled`).
+of its blocks; these residuals are added behind the blocks of the transformer that draws (`mmdit.control.adding`).
 
 - Those for SD3-Medium and SD3.5-Medium read the text and have positions of their own. One that fills in a picture has
   channels more for the control: a mask.

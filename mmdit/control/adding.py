@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mmdit.control import ControlNet
+from mmdit.control.network import ControlNet
 from mmdit.model import MMDiT
 from mmdit.prepared import Row, predict
 
