@@ -30,6 +30,7 @@ class Mark(Enum):
     NOT_SEEN = "does not change the picture, but for rounding"
     OWN = "may differ between pictures that are drawn together"
     PATH = "names files; what they hold counts, not where they are"
+    PICTURE = "names a picture's file; Python may give the picture itself"
     FOUND = "is no option: it is filled in when the model is loaded"
 
 

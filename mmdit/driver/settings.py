@@ -13,6 +13,8 @@ from mmdit.common.paths import user_path
 from mmdit.config import MMDiTConfig
 from mmdit.driver.likeness import filled
 from mmdit.driver.options import LikeOptions, ModelOptions, OutputOptions, PictureOptions
+from mmdit.images.given import as_text
+from mmdit.images.options import ImageOptions
 from mmdit.memory.options import MemoryOptions
 from mmdit.options import ComputeOptions
 from samplers.options import GuidanceOptions, SamplerOptions
@@ -32,6 +34,7 @@ class Settings(
     LikeOptions,
     GuidanceOptions,
     SamplerOptions,
+    ImageOptions,
     PictureOptions,
 ):
     """Everything a picture depends on, and where it goes. None stands for the model's own default."""
@@ -44,6 +47,8 @@ class Settings(
                 if isinstance(given, tuple | list):  # else it is refused by `check`
                     given = tuple(str(one) if isinstance(one, PathLike) else one for one in given)
                 object.__setattr__(self, f.name, given)
+            elif Mark.PICTURE in f.metadata["marks"]:
+                object.__setattr__(self, f.name, as_text(getattr(self, f.name)))
 
     def resolved(self, defaults: dict[str, Any]) -> "Settings":
         """With the model's `defaults`, then SD3.5-Medium's, in place of None; the result is checked.
@@ -67,6 +72,9 @@ SD35_MEDIUM_DEFAULTS = {f.name: usual for f in fields(Settings) if (usual := f.m
 
 def alone(settings: Settings) -> list[Settings]:
     """The settings of each of its `count` pictures."""
+    variation = settings.variation_seed
+    if variation is not None:  # of one picture
+        return [replace(settings, variation_seed=variation + i, count=1) for i in range(settings.count)]
     return [replace(settings, seed=settings.seed + i, count=1) for i in range(settings.count)]
 
 
