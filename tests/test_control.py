@@ -10,12 +10,16 @@ from controls import INSTANTX, KINDS, LARGE, MEDIUM3, STABILITY, TENSORART, TRAN
 from reference import Inputs, draw, relative_error, transformers
 from torch import Tensor
 
+from mmdit.altered import Change
 from mmdit.config import SD35_LARGE
 from mmdit.control.network import ControlConfig, ControlNet
-from mmdit.control.adding import Added, adding, residual_of, residuals, usual_map
+from mmdit.control.adding import Added, adding, residual_of
+from mmdit.control.options import MAPS, TYPES
+from mmdit.control.rows import Control, added, residuals
 from mmdit.memory.empty import on_meta
-from mmdit.model import MMDiT
-from mmdit.prepared import Prepared, Row
+from mmdit.model import MMDiT, Tokens
+from mmdit.prepared import Prepared, Row, predict
+from weights.control import TYPES as FILE_TYPES
 
 SIGMAS = (0.98738, 0.11, 0.00893)
 
@@ -58,7 +62,7 @@ def own_residuals(kind: str, inputs: Inputs, control: Tensor) -> list[Tensor]:
     net, model = nets(KINDS[kind])[0], transformers(TRANSFORMERS[kind]).ours
     prepared = Prepared(net, inputs.context, inputs.pooled, SIGMAS[:1])
     rows = [Row(prepared, float(sigma), i) for i, sigma in enumerate(inputs.sigma)]
-    return residuals(inputs.latent, rows, control, model)
+    return residuals(model, inputs.latent, rows, control)
 
 
 # ---- the net -------------------------------------------------------------------------------------
@@ -104,7 +108,7 @@ def test_controlled_velocity_is_that_of_diffusers(kind: str) -> None:
     inputs = draw(TRANSFORMERS[kind], 10, 6, 77, SIGMAS)
     control = control_of(KINDS[kind], inputs.latent)
     model = transformers(TRANSFORMERS[kind]).ours
-    part = Added([0.7 * r for r in own_residuals(kind, inputs, control)])
+    part = Added(own_residuals(kind, inputs, control), scale=0.7)
     with adding(model, [part]):
         found = model(*inputs)
     expected = velocity_of_diffusers(kind, inputs, diffusers_residuals(kind, inputs, control, 0.7))
@@ -115,29 +119,44 @@ def test_controlled_velocity_is_that_of_diffusers(kind: str) -> None:
 
 
 def test_rows_have_controls_of_their_own_or_none() -> None:
-    """A batch of four: both nets, the first alone, none, the second alone, each as it is alone."""
+    """A batch of four: both nets, the first alone, none, the second alone; each is as it is alone."""
     model = transformers(MEDIUM3).ours
     inputs = draw(MEDIUM3, 10, 6, 7, (0.9, 0.5, 0.5, 0.1))
-    controls = {kind: control_of(KINDS[kind], inputs.latent) for kind in ("sd3", "inpainting")}
-    rows = {"sd3": [0, 1], "inpainting": [0, 3]}
+    latent, _, context, pooled = inputs
+    prepared = {kind: Prepared(nets(KINDS[kind])[0], context, pooled) for kind in ("sd3", "inpainting")}
+    prepared["model"] = Prepared(model, context, pooled)
+    rows = [Row(prepared["model"], float(sigma), i) for i, sigma in enumerate(inputs.sigma)]
 
-    def some(which: list[int], only: str | None = None) -> list[Added]:
-        parts = []
-        for kind, control in controls.items():
-            own = [i for i in which if i in rows[kind] and only in (None, kind)]
-            if own:
-                these = Inputs(*(t[own] for t in inputs))
-                parts.append(Added(own_residuals(kind, these, control[own]), [which.index(i) for i in own]))
-        return parts
+    def control(kind: str, i: int, scale: float) -> Control:
+        return Control(prepared[kind], control_of(KINDS[kind], latent)[i : i + 1], scale, "diffusers")
 
-    with adding(model, some([0, 1, 2, 3])):
-        together = model(*inputs)
+    controls = [[control("sd3", 0, 0.5), control("inpainting", 0, 1.0)], [control("sd3", 1, 0.5)], [],
+                [control("inpainting", 3, 0.25)]]  # fmt: skip
+
+    def velocity(which: list[int], controls: list[list[Control]]) -> Tensor:
+        some = [rows[i] for i in which]
+        return predict(latent[which], some, added(model, latent[which], some, controls))
+
+    together = velocity([0, 1, 2, 3], controls)
     for i in range(4):
-        with adding(model, some([i])):
-            alone = model(*(t[i : i + 1] for t in inputs))
-        assert relative_error(together[i : i + 1], alone) <= 1e-5
-    with adding(model, some([0], "sd3")):
-        assert relative_error(model(*(t[:1] for t in inputs)), together[:1]) > 1e-3
+        assert relative_error(together[i : i + 1], velocity([i], [controls[i]])) <= 1e-5
+    assert relative_error(velocity([2], [[]]), model(*(t[2:3] for t in inputs))) <= 1e-6
+    assert relative_error(velocity([0], [controls[0][:1]]), together[:1]) > 1e-3
+    weaker = [control("inpainting", 3, 0.5)]
+    assert relative_error(velocity([3], [weaker]), together[3:]) > 1e-3
+
+
+def test_a_skipped_block_has_it_added_all_the_same() -> None:
+    """As in diffusers, whose `skip_layers` leaves out the block alone."""
+    pair = transformers(MEDIUM3)
+    inputs = draw(MEDIUM3, 6, 4, 5, (0.5, 0.9))
+    samples = [torch.randn(2, 6, MEDIUM3.hidden_size, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    expected = pair.theirs(
+        inputs.latent, inputs.context, inputs.pooled, 1000.0 * inputs.sigma, samples, return_dict=False, skip_layers=[1]
+    )[0]
+    prepared = Prepared(pair.ours, inputs.context, inputs.pooled)
+    rows = [Row(prepared, float(sigma), i, Change("skip", (1,))) for i, sigma in enumerate(inputs.sigma)]
+    assert relative_error(predict(inputs.latent, rows, [Added(samples)]), expected) <= 1e-5
 
 
 @pytest.mark.parametrize(("blocks", "count"), [(24, 12), (24, 6), (24, 23), (38, 19), (5, 2), (4, 3), (4, 4), (1, 1)])
@@ -167,16 +186,14 @@ def test_stability_adds_to_the_last_block_too() -> None:
     added = own_residuals("sd3.5-large", inputs, control_of(STABILITY, inputs.latent))
     x = model.x_embedder(inputs.latent) + model.positions(3, 2)
     context, told = model.embed_text(inputs.context), model.modulations(inputs.sigma, inputs.pooled)
-    from mmdit.model import Tokens
-
     for i, block in enumerate(model.joint_blocks):
         x, context = block(x, context, Tokens(5, 3, 2), *told[i])
         x = x + added[i // 2]
     expected = model.unpatch(model.final_layer(x, *told[-1]), 3, 2)
     net = nets(STABILITY)[0]
-    with adding(model, [Added(added, way=usual_map(net))]):
+    with adding(model, [Added(added, way=net.config.way)]):
         assert relative_error(model(*inputs), expected) <= 1e-6
-    assert usual_map(nets(INSTANTX)[0]) == usual_map(nets(TENSORART)[0]) == "diffusers"
+    assert INSTANTX.way == TENSORART.way == "diffusers"
 
 
 # ---- configs -------------------------------------------------------------------------------------
@@ -204,6 +221,11 @@ def test_the_published_net_for_large_has_these_sizes() -> None:
         SD35_LARGE, depth=19, context_size=0, pos_embed_max_size=0, qk_norm=False, pooled_zeros=False
     )
     assert isinstance(on_meta(ControlNet, config), MMDiT)
+
+
+def test_options_name_what_there_is() -> None:
+    assert TYPES == FILE_TYPES
+    assert {config.way for config in KINDS.values()} == set(MAPS)
 
 
 @pytest.mark.parametrize(

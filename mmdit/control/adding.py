@@ -9,31 +9,22 @@ program that it was made for:
   rounded up, one after another; the last block too.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mmdit.control.network import ControlNet
 from mmdit.model import MMDiT
-from mmdit.prepared import Row, predict
-
-MAPS = ("diffusers", "stability")
 
 
 def residual_of(blocks: int, residuals: int, way: str) -> list[int | None]:
-    """Which residual each of the transformer's blocks is given, by number. way: one of MAPS."""
+    """Which residual each of the transformer's blocks is given, by number. way: "diffusers" or "stability"."""
     if way == "diffusers":
         return [*(int(i / (blocks / residuals)) for i in range(blocks - 1)), None]
     each = -(-blocks // residuals)
     return [i // each for i in range(blocks)]
-
-
-def usual_map(net: ControlNet) -> str:
-    """The way of the program that this net was made for."""
-    return "diffusers" if net.config.context_size else "stability"
 
 
 class Added(NamedTuple):
@@ -41,6 +32,7 @@ class Added(NamedTuple):
 
     residuals: Sequence[Tensor]  # (rows, N, D) each
     rows: Sequence[int] | None = None  # of the batch; None: all, in order
+    scale: float = 1.0
     way: str = "diffusers"
 
 
@@ -48,12 +40,12 @@ class Added(NamedTuple):
 def adding(model: MMDiT, parts: Sequence[Added]) -> Iterator[None]:
     """Meanwhile the image tokens behind each block have these added, one after another."""
     depth = len(model.joint_blocks)
-    terms: list[list[tuple[Tensor, Tensor | None]]] = [[] for _ in range(depth)]
-    for residuals, rows, way in parts:
+    terms: list[list[Term]] = [[] for _ in range(depth)]
+    for residuals, rows, scale, way in parts:
         index = None if rows is None else torch.tensor(rows, device=residuals[0].device)
-        for i, number in enumerate(residual_of(depth, len(residuals), way)):
+        for own, number in zip(terms, residual_of(depth, len(residuals), way)):
             if number is not None:
-                terms[i].append((residuals[number], index))
+                own.append(Term(residuals[number], index, scale))
     with ExitStack() as stack:
         for block, own in zip(model.joint_blocks, terms):
             if own:
@@ -61,23 +53,22 @@ def adding(model: MMDiT, parts: Sequence[Added]) -> Iterator[None]:
         yield
 
 
-def _adder(terms: list[tuple[Tensor, Tensor | None]]) -> Any:
+class Term(NamedTuple):
+    """What is added behind one block."""
+
+    residual: Tensor
+    rows: Tensor | None
+    scale: float
+
+
+def _adder(terms: Sequence[Term]) -> Callable[..., tuple[Tensor, Tensor]]:
     def hook(_: nn.Module, __: object, out: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         x, context = out
-        for residual, rows in terms:
-            x = x + residual if rows is None else x.index_add(0, rows, residual)
+        for residual, rows, scale in terms:
+            if rows is None:
+                x = torch.add(x, residual, alpha=scale)
+            else:
+                x = x.index_add(0, rows, residual, alpha=scale)
         return x, context
 
     return hook
-
-
-def residuals(latents: Tensor, rows: Sequence[Row], controls: Tensor, transformer: MMDiT) -> list[Tensor]:
-    """What a ControlNet adds for latents `(R, C, h, w)`, `(R, N, D)` for each of its blocks.
-
-    rows: prepared for it, as those of the transformer are (`mmdit.prepared`). controls: `(R, C', h, w)`.
-    """
-    net: Any = rows[0].prepared.model
-    if net.config.context_size:
-        return predict(latents, rows, controls)
-    x = transformer.x_embedder(latents)
-    return predict(latents, rows, controls, x + transformer.positions(*transformer.grid(latents)).to(x))

@@ -57,6 +57,11 @@ class ControlConfig(MMDiTConfig):
         """Channels of the control: a latent's, and those beside."""
         return self.in_channels + self.extra_channels
 
+    @property
+    def way(self) -> str:
+        """How its residuals are spread over the transformer (`mmdit.control.adding`)."""
+        return "diffusers" if self.context_size else "stability"
+
     def to_json(self) -> dict[str, Any]:
         """As `from_json` reads it, under diffusers' names."""
         config = {name: value for name, value in super().to_json().items() if name not in self.own()}
@@ -167,6 +172,13 @@ class ControlNet(MMDiT):
             x, context = block(x, context, tokens, *modulation)
             residuals.append(project(x))
         return residuals
+
+    def beside(self, latent: Tensor) -> tuple[Tensor, ...]:
+        """Tensors, without values, as it is called with beside the rest for latents like these."""
+        control = latent.new_empty(len(latent), self.config.control_channels, *latent.shape[2:])
+        rows, columns = self.grid(latent)
+        x = latent.new_empty(len(latent), rows * columns, self.config.hidden_size)
+        return (control,) if self.config.context_size else (control, x)
 
     def embed_text(self, context: Tensor) -> Tensor:
         if not self.config.context_size:
