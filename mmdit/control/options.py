@@ -55,7 +55,12 @@ class ControlOptions:
         metavar="FILE|FOLDER",
     )  # fmt: skip
     control_image: tuple[str, ...] = option(
-        (), "the picture that it controls by, as it was trained to see it", Mark.PICTURE, Mark.PATH, metavar="IMAGE"
+        (),
+        "the picture that it controls by, as it was trained to see it",
+        Mark.PICTURE,
+        Mark.PATH,
+        Mark.OWN,
+        metavar="IMAGE",
     )
     control_scale: tuple[str, ...] = option(
         (), "how strongly (default: 1)", metavar="X", check=_check_scale
@@ -64,7 +69,12 @@ class ControlOptions:
         (), "in which part of the steps, as shares of them (default: 0:1)", metavar="LOW:HIGH", check=_check_interval
     )
     control_mask: str | None = option(
-        None, "for a ControlNet that fills in: what is filled in is white", Mark.PICTURE, Mark.PATH, metavar="MASK"
+        None,
+        "for a ControlNet that fills in: what is filled in is white",
+        Mark.PICTURE,
+        Mark.PATH,
+        Mark.OWN,
+        metavar="MASK",
     )
     control_type: tuple[str, ...] = option(
         (),
@@ -77,7 +87,7 @@ class ControlOptions:
         "which of its residuals a block of the transformer is given; auto: as the program that it was made for",
         choices=("auto", *MAPS),
     )
-    control_pictures: str | None = option(None, "a hash of what these pictures hold", Mark.FOUND)
+    control_pictures: str | None = option(None, "a hash of what these pictures hold", Mark.FOUND, Mark.OWN)
 
     def check_together(self) -> None:
         nets = len(self.control)

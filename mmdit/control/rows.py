@@ -20,7 +20,9 @@ class Control(NamedTuple):
     way: str  # of `mmdit.control.adding.residual_of`
 
 
-def added(transformer: MMDiT, latents: Tensor, rows: Sequence[Row], controls: Sequence[Sequence[Control]]) -> list[Added]:
+def added(
+    transformer: MMDiT, latents: Tensor, rows: Sequence[Row], controls: Sequence[Sequence[Control]]
+) -> list[Added]:
     """What the ControlNets of these rows add, in the order in which the rows name them.
 
     latents: `(R, C, h, w)`. rows: as the transformer is asked for them. controls: of each row.
@@ -36,7 +38,9 @@ def added(transformer: MMDiT, latents: Tensor, rows: Sequence[Row], controls: Se
                     pictures.append(control.latent)
         every = which == list(range(len(rows)))
         these = latents if every else latents[which]
-        found.append(Added(residuals(transformer, these, asked, torch.cat(pictures)), None if every else which, scale, way))
+        found.append(
+            Added(residuals(transformer, these, asked, torch.cat(pictures)), None if every else which, scale, way)
+        )
     return found
 
 

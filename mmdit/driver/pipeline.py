@@ -57,9 +57,11 @@ class Pipeline(Stages):
             for network in parts.networks.values():
                 network.settle()
         if self.device.type == "cpu":
-            by_onednn(self.transformer)
+            for module in self.denoisers:
+                by_onednn(module)
         if settings.compile:
-            compile_model(self.transformer, self.device)
+            for module in self.denoisers:
+                compile_model(module, self.device)
         job = self.job(settings.resolved(self.defaults))
         with self.turn:
             self.follow(self.plan_for(job), job)
