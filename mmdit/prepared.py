@@ -122,7 +122,7 @@ def predict(latents: Tensor, rows: Sequence[Row], added: Sequence[Added] = (), m
     for i, row in enumerate(rows):
         if row.change is not None:
             changes.setdefault(row.change, []).append(i)
-    # What is added comes last, so that a block that rows skip is skipped and has it added all the same, as in diffusers.
+    # What is added comes last: a block that rows skip has it added all the same, as in diffusers.
     with answering(first, latents, known), altered(first.model, changes), adding(first.model, added):
         return first.model(latents, known.sigma, known.context, known.pooled, *more)
 

@@ -72,6 +72,7 @@ def run(settings: Settings) -> None:
     """Load, draw what is asked for, save each picture while the next are drawn, and report."""
     start = time.perf_counter()
     if settings.prompts is None:
+        settings.check_pictures()
         check_writable(settings)
         lines = None
     else:

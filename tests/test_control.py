@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mmdit.altered import Change
 from mmdit.config import SD35_LARGE
-from mmdit.control.network import ControlConfig, ControlNet
 from mmdit.control.adding import Added, adding, residual_of
+from mmdit.control.network import ControlConfig, ControlNet
 from mmdit.control.options import MAPS, TYPES
 from mmdit.control.rows import Control, added, residuals
 from mmdit.memory.empty import on_meta

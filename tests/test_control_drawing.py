@@ -22,8 +22,8 @@ from layouts import write
 from PIL import Image
 from reference import relative_error, transformer_json, transformers
 from safetensors.torch import save_file
-from toys import Ran, toy_folder
 from torch import Tensor
+from toys import Ran, toy_folder
 
 from mmdit.control.network import ControlConfig
 from mmdit.driver.pipeline import Pipeline
@@ -118,7 +118,7 @@ def diffusers_latents(
 ) -> Tensor:
     """Those of its pipeline, from the same noise and the same encoded texts, by the mean of encoded pictures."""
     sample = DiagonalGaussianDistribution.sample
-    DiagonalGaussianDistribution.sample = lambda self, generator=None: self.mode()
+    DiagonalGaussianDistribution.sample = DiagonalGaussianDistribution.mode
     kind: Any = StableDiffusion3ControlNetPipeline
     if "control_mask" in more:
         kind = StableDiffusion3ControlNetInpaintingPipeline
@@ -233,8 +233,11 @@ def test_every_plan_draws_the_same(place: Place) -> None:
 def test_pictures_drawn_together_have_pictures_of_their_own(place: Place) -> None:
     """Prompts and control pictures differ; each is as it is alone, and all of them go through one batch."""
     pipeline = loaded(place, "sd3")
-    wanted = [{"prompt": prompt, "control_image": [place.picture(name)], "seed": i, **DRAWN, "cfg": 1}
-              for i, (prompt, name) in enumerate([("a horse", "one"), ("a bear", "two"), ("a pig", "one")])]  # fmt: skip
+    pairs = [("a horse", "one"), ("a bear", "two"), ("a pig", "one")]
+    wanted = [
+        {"prompt": prompt, "control_image": [place.picture(name)], "seed": i, **DRAWN, "cfg": 1}
+        for i, (prompt, name) in enumerate(pairs)
+    ]
     batches: list[int] = []
     handle = pipeline.parts.networks["control"].module.register_forward_pre_hook(
         lambda _, given: batches.append(len(given[0]))
@@ -274,54 +277,59 @@ def test_a_plan_counts_the_nets(place: Place) -> None:
 def test_a_picture_says_what_it_was_controlled_by(place: Place) -> None:
     """And is another where the control's picture or the net is; not where the same lie elsewhere."""
     pipeline = loaded(place, "sd3")
-    asked = [pipeline.check(replace(pipeline.settings, prompt=PROMPT, control_image=(place.picture(name),)))
+    asked = [pipeline.check(replace(pipeline.settings, prompt=PROMPT, control_image=(place.picture(name),), **SIZE))
              for name in ("one", "two")]  # fmt: skip
     assert asked[0].control_pictures != asked[1].control_pictures
-    given = pipeline.check(replace(pipeline.settings, prompt=PROMPT, control_image=(opened(place, "one"),)))
+    given = pipeline.check(replace(pipeline.settings, prompt=PROMPT, control_image=(opened(place, "one"),), **SIZE))
     assert given.control_image[0].startswith("picture-")
     assert pipeline.parts.fingerprint not in (loaded(place, "sd3.5").parts.fingerprint, loaded(place).parts.fingerprint)
+
+
+OTHERS = {
+    "wide": control_for(MEDIUM35, hidden_size=192, num_heads=3),
+    "plain": control_for(TRANSFORMERS["sd3"]),
+    "deep": control_for(MEDIUM35, depth=5),
+    "layers": control_for(MEDIUM35, extra_channels=2),
+}
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--control", "sd3"], "control without control_image"),
-        (["--control", "sd3", "--control-image", "one", "--control-image", "two"], "control_image is there 2 times for 1"),
-        (["--control-image", "one"], "control_image is there 1 times for 0 of control"),
-        (["--control", "sd3", "--control-image", "nothing"], "control_image: "),
-        (["--control", "sd3", "--control-image", "one", "--control-scale", "much"], "control_scale is 'much': expected a number"),
-        (["--control", "sd3", "--control-image", "one", "--control-scale", "nan"], "control_scale is 'nan'"),
-        (["--control", "sd3", "--control-image", "one", "--control-interval", "0.5"], "control_interval is '0.5': expected LOW:HIGH"),
-        (["--control", "sd3", "--control-image", "one", "--control-interval", "0.5:0.5"], "control_interval is '0.5:0.5'"),
-        (["--control", "sd3", "--control-image", "one", "--control-interval", "0:1.5"], "control_interval is '0:1.5'"),
-        (["--control", "sd3", "--control-image", "one", "--control-type", "tile"], "control_type is 'tile': expected one of"),
-        (["--control", "sd3", "--control-image", "one", "--control-mask", "mask"], "control_mask: none of the ControlNets"),
-        (["--control", "inpainting", "--control-image", "one"], "control_mask is missing"),
-        (["--control-mask", "mask"], "control_mask without control"),
-        (["--control", "wide", "--control-image", "one"], "a ControlNet for another model: tokens of 192, expected 128"),
-        (["--control", "plain", "--control-image", "one"], "no norm of queries and keys, unlike the model"),
-        (["--control", "deep", "--control-image", "one"], "5 blocks, expected at most 4"),
-        (["--control", "layers", "--control-image", "one"], "2 channels beside a latent's"),
-        (["--control", "none", "--control-image", "one"], "no such file"),
+        ("--control sd3", "control without control_image"),
+        ("--control sd3 --control-image one --control-image two", "control_image is there 2 times for 1"),
+        ("--control-image one", "control_image is there 1 times for 0 of control"),
+        ("--control sd3 --control-image nothing", "control_image: "),
+        ("--control sd3 --control-image one --control-scale much", "control_scale is 'much': expected a number"),
+        ("--control sd3 --control-image one --control-scale nan", "control_scale is 'nan'"),
+        ("--control sd3 --control-image one --control-interval 0.5", "control_interval is '0.5': expected LOW:HIGH"),
+        ("--control sd3 --control-image one --control-interval 0.5:0.5", "control_interval is '0.5:0.5'"),
+        ("--control sd3 --control-image one --control-interval 0:1.5", "control_interval is '0:1.5'"),
+        ("--control sd3 --control-image one --control-type tile", "control_type is 'tile': expected one of"),
+        ("--control sd3 --control-image one --control-mask mask", "control_mask: none of the ControlNets"),
+        ("--control inpainting --control-image one", "control_mask is missing"),
+        ("--control-mask mask", "control_mask without control"),
+        ("--control wide --control-image one", "a ControlNet for another model: tokens of 192, expected 128"),
+        ("--control plain --control-image one", "no norm of queries and keys, unlike the model"),
+        ("--control deep --control-image one", "5 blocks, expected at most 4"),
+        ("--control layers --control-image one", "2 channels beside a latent's"),
+        ("--control none --control-image one", "no such file"),
     ],
-)  # fmt: skip
+)
 def test_one_line_and_exit_code_2(
-    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: str, message: str
 ) -> None:
-    others = {
-        "wide": control_for(MEDIUM35, hidden_size=192, num_heads=3), "plain": control_for(TRANSFORMERS["sd3"]),
-        "deep": control_for(MEDIUM35, depth=5), "layers": control_for(MEDIUM35, extra_channels=2),
-    }  # fmt: skip
-    words = []
-    for option, value in zip(options[::2], options[1::2]):
-        if option == "--control" and value in others:
-            value = str(control_folder(tmp_path / "net", nets(others[value])[0]))
-        elif option == "--control":
-            value = place.net(value)
+    words = options.split()
+    for k, (option, value) in enumerate(zip(words[::2], words[1::2])):
+        if option == "--control":
+            own = value in OTHERS
+            words[2 * k + 1] = (
+                str(control_folder(tmp_path / "net", nets(OTHERS[value])[0])) if own else place.net(value)
+            )
         elif option in ("--control-image", "--control-mask"):
-            value = place.picture(value)
-        words += [option, value]
-    code = main([PROMPT, "--model", str(place.model), "--t5", "off", "--out", str(tmp_path / "out"), *words])
+            words[2 * k + 1] = place.picture(value)
+    size = ["--width", "96", "--height", "64"]
+    code = main([PROMPT, "--model", str(place.model), "--t5", "off", "--out", str(tmp_path / "out"), *size, *words])
     said = capsys.readouterr()
     ran = Ran(code, said.out.splitlines(), said.err.splitlines())
     assert (ran.code, ran.lines, len(ran.errors)) == (2, [], 1), ran

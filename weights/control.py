@@ -2,8 +2,8 @@
 
     open_control("sd3.5_large_controlnet_canny.safetensors").type   # "canny"
 
-References: diffusers' models/controlnets/controlnet_sd3.py and scripts/convert_sd3_controlnet_to_diffusers.py; Stability
-AI's sd3.5, dit_embedder.py, whose files have a number for what the picture is to show.
+References: diffusers' models/controlnets/controlnet_sd3.py and scripts/convert_sd3_controlnet_to_diffusers.py;
+Stability AI's sd3.5, dit_embedder.py, whose files have a number for what the picture is to show.
 """
 
 import os

@@ -29,8 +29,8 @@ WHAT = {
 class Network(NamedTuple):
     """A network inside a file.
 
-    name: one of COMPONENTS, "control", "clip_h", or "clip" where the file does not tell which CLIP; layout: whose names its
-    tensors have (see `layouts`); prefix: what stands before these names.
+    name: one of COMPONENTS, "control", "clip_h", or "clip" where the file does not tell which CLIP; layout: whose names
+    its tensors have (see `layouts`); prefix: what stands before these names.
     """
 
     name: str

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdit.config import MMDiTConfig
-from mmdit.model import MMDiT, Block, DualBlock, Embedder, JointBlock, Modulation, Modulations, PatchEmbed, Tokens
+from mmdit.model import Block, DualBlock, Embedder, JointBlock, MMDiT, Modulation, Modulations, PatchEmbed, Tokens
 
 # What diffusers writes beside, and what follows from the rest.
 _UNREAD = ("sample_size", "out_channels", "caption_projection_dim", "pos_embed_type")

@@ -102,5 +102,5 @@ class ControlOptions:
 
     def check_pictures(self) -> None:
         """Raise SettingsError where a picture is to be drawn and a ControlNet has none to control by."""
-        if len(self.control_image) != len(self.control):
+        if self.control and not self.control_image:
             raise SettingsError("control without control_image: each ControlNet needs the picture that it controls by")

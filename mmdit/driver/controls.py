@@ -146,7 +146,7 @@ def controlling(stages: "Stages", s: Settings) -> list[Controlling]:
 def values_of(image: Image.Image, type_: str | None = None) -> Tensor:
     """A picture "RGB" as the autoencoder is given it, float32 `(1, 3, H, W)`: from -1 to 1.
 
-    type_: of Stability AI's ControlNets for SD3.5-Large. The one for canny edges was trained on numbers from 0.5 to 128,
+    type_: of Stability AI's ControlNets for SD3.5-Large. The one for canny edges was trained on numbers from 0.5 to 128
     and has to see them (sd3.5, sd3_infer.py, `vae_encode`; diffusers' page of the net has the same).
     """
     x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
@@ -159,12 +159,12 @@ def latent_of(stages: "Stages", values: Tensor, shifted: bool) -> Tensor:
     The nets that see no pooled text were trained without the shift (diffusers,
     pipelines/controlnet_sd3/pipeline_stable_diffusion_3_controlnet.py).
     """
-    latent, vae = stages.encode_picture(values), stages.vae.config
+    latent, vae = stages.encode_values(values), stages.vae.config
     return latent if shifted else latent + vae.shift_factor * vae.scaling_factor
 
 
 def filling_in(stages: "Stages", image: Image.Image, mask: Image.Image) -> Tensor:
-    """The latents of a picture whose part in white, of a mask "L", is black, and a channel that is 0 there, 1 elsewhere.
+    """The latents of a picture that is black where a mask "L" is white, and a channel that is 0 there and 1 elsewhere.
 
     As diffusers' pipeline for it does (pipeline_stable_diffusion_3_controlnet_inpainting.py).
     """

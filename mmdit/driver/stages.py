@@ -221,7 +221,7 @@ class Stages:
         return torch.stack([generator_of(seed, rng)(shape) for seed in seeds])
 
     @torch.no_grad()
-    def encode_picture(self, values: Tensor) -> Tensor:
+    def encode_values(self, values: Tensor) -> Tensor:
         """The mean of the latents `(B, C, h, w)` of pictures `(B, 3, H, W)` from -1 to 1; float32, on the device."""
         with self.computing():
             self.residency.use("vae")
