@@ -155,13 +155,13 @@ def test_one_net_is_as_in_diffusers(
 ) -> None:
     pipeline = loaded(place, name)
     keywords = {"control_image": (place.picture("one"),), "control_map": "diffusers"}
-    found, trace = latents(pipeline, control_scale=(str(scale),), control_interval=(f"{low}:{high}",), **keywords)
+    found, trace = latents(pipeline, control_scale=scale, control_interval=(f"{low}:{high}",), **keywords)
     expected = diffusers_latents(
         theirs, trace, [NETS[name]], control_image=opened(place, "one"), controlnet_conditioning_scale=scale,
         control_guidance_start=low, control_guidance_end=high,
     )  # fmt: skip
     assert relative_error(found, expected) <= 1e-4
-    assert relative_error(latents(pipeline, control_scale=("0",), **keywords)[0], found) > 0.01
+    assert relative_error(latents(pipeline, control_scale=(0,), **keywords)[0], found) > 0.01
 
 
 def test_several_nets_add_up(place: Place, theirs: StableDiffusion3Pipeline) -> None:
@@ -300,8 +300,11 @@ OTHERS = {
         ("--control sd3 --control-image one --control-image two", "control_image is there 2 times for 1"),
         ("--control-image one", "control_image is there 1 times for 0 of control"),
         ("--control sd3 --control-image nothing", "control_image: "),
-        ("--control sd3 --control-image one --control-scale much", "control_scale is 'much': expected a number"),
-        ("--control sd3 --control-image one --control-scale nan", "control_scale is 'nan'"),
+        (
+            "--control sd3 --control-image one --control-scale much",
+            "--control-scale: invalid float value",
+        ),
+        ("--control sd3 --control-image one --control-scale nan", "control_scale is nan: expected a number"),
         ("--control sd3 --control-image one --control-interval 0.5", "control_interval is '0.5': expected LOW:HIGH"),
         ("--control sd3 --control-image one --control-interval 0.5:0.5", "control_interval is '0.5:0.5'"),
         ("--control sd3 --control-image one --control-interval 0:1.5", "control_interval is '0:1.5'"),

@@ -28,6 +28,14 @@ prompt None what
 --height None H
 --seed 0 S
 --count 1 N
+ControlNets; what is said of several is repeated, in one order:
+--control [] FILE|FOLDER
+--control-image [] IMAGE
+--control-scale [] X
+--control-interval [] LOW:HIGH
+--control-mask None MASK
+--control-type [] TYPE
+--control-map 'auto' auto,diffusers,stability
 How it is denoised:
 --sampler 'euler' euler
 --schedule 'normal' normal
@@ -199,6 +207,8 @@ OTHER = {
     "prompt_clip_l": "k", "prompt_clip_g": "j", "prompt_t5": "i", "negative_clip_l": "h", "negative_clip_g": "f",
     "negative_t5": "e", "emphasis": True, "long_prompts": True, "embedding": ("q.safetensors",), "clip_chunks": 2,
     "t5_tokens": 300,
+    "control": ("net",), "control_image": ("edges.png",), "control_scale": (0.5,), "control_interval": ("0:0.8",),
+    "control_mask": "mask.png", "control_type": ("canny",), "control_map": "stability", "control_pictures": "x",
     "t5": "off", "t5_length": 77, "model": "m", "clip_l": "l", "clip_g": "g", "t5xxl": "t",
     "vae": "v", "tokenizers": "k", "lora": ("a:0.5",), "variant": "a.py", "weights": "w", "device": "cpu",
     "dtype": "fp32", "quantise": "int8", "attention": "math", "compile": True, "memory": "1GB", "out": "o",
@@ -207,8 +217,10 @@ OTHER = {
 UNSEEN = {"count", "device", "memory", "out", "prompts", "dump"}
 QUOTED = {name: f'{name}: "{text}"' for name, text in {
     "lora": "a:0.5", "cfg_interval": "0.2:0.9", "apg": "0:15:-0.5", "also": "a pig:0.5", "slg_interval": "0:0.3",
+    "control_interval": "0:0.8",
 }.items()}  # fmt: skip
-IN_WEIGHTS = {"model", "clip_l", "clip_g", "t5xxl", "vae", "tokenizers", "variant"}  # by what they hold
+# By what they hold.
+IN_WEIGHTS = {"model", "clip_l", "clip_g", "t5xxl", "vae", "tokenizers", "variant", "control_mask"}
 
 
 @pytest.mark.parametrize("name", OTHER)
@@ -235,10 +247,11 @@ def test_parameters_has_every_setting(name: str) -> None:
 def test_marks() -> None:
     assert {*LOADED} == {
         "model", "clip_l", "clip_g", "t5xxl", "vae", "tokenizers", "lora", "t5", "dtype", "quantise", "device",
-        "compile", "variant", "embedding",
+        "compile", "variant", "embedding", "control",
     }  # fmt: skip
     assert marked(Settings, Mark.OF_THE_RUN) == ("memory", "prompts", "dump")
     own = {f"{role}{encoder}" for role in ("prompt", "negative") for encoder in ("", "_clip_l", "_clip_g", "_t5")}
+    own |= {"control_image", "control_mask", "control_pictures"}
     assert {*marked(Settings, Mark.OWN)} == {*own, "emphasis", "long_prompts", "seed", "count", "out"}
     assert marked(PictureOptions, Mark.LOADED) == ()
 

@@ -1,6 +1,5 @@
 """What a user may say of ControlNets."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,17 +8,6 @@ from mmdit.common.options import Mark, option, wrong
 
 TYPES = ("blur", "canny", "depth")  # those of weights.control
 MAPS = ("diffusers", "stability")  # those of mmdit.control.adding
-
-
-def scale_of(text: str) -> float:
-    """A number, how strongly a ControlNet controls; SettingsError for none."""
-    try:
-        scale = float(text)
-    except ValueError:
-        scale = math.nan
-    if not math.isfinite(scale):
-        raise wrong("control_scale", text, "a number, as in 0.8")
-    return scale
 
 
 def interval_of(text: str) -> tuple[float, float]:
@@ -31,10 +19,6 @@ def interval_of(text: str) -> tuple[float, float]:
     if not 0 <= low < high <= 1:
         raise wrong("control_interval", text, "LOW:HIGH with 0 <= LOW < HIGH <= 1, as in 0:0.8")
     return low, high
-
-
-def _check_scale(_: str, value: Any) -> None:
-    scale_of(value)
 
 
 def _check_interval(_: str, value: Any) -> None:
@@ -62,9 +46,7 @@ class ControlOptions:
         Mark.OWN,
         metavar="IMAGE",
     )
-    control_scale: tuple[str, ...] = option(
-        (), "how strongly (default: 1)", metavar="X", check=_check_scale
-    )  # fmt: skip
+    control_scale: tuple[float, ...] = option((), "how strongly (default: 1)", metavar="X")
     control_interval: tuple[str, ...] = option(
         (), "in which part of the steps, as shares of them (default: 0:1)", metavar="LOW:HIGH", check=_check_interval
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 from mmdit.common.errors import SettingsError
 from mmdit.config import MMDiTConfig
 from mmdit.control.network import ControlConfig, ControlNet
-from mmdit.control.options import interval_of, scale_of
+from mmdit.control.options import interval_of
 from mmdit.driver.building import build
 from mmdit.driver.settings import Settings, user_path
 from mmdit.images.read import look, read_mask, read_picture
@@ -128,14 +128,13 @@ def controlling(stages: "Stages", s: Settings) -> list[Controlling]:
             mask = fitted(read_mask("control_mask", s.control_mask), (s.width, s.height), "stretch")
             latent = filling_in(stages, image, mask)
         else:
-            latent = latent_of(
-                stages, values_of(image, None if config.context_size else type_), not config.pooled_zeros
-            )
+            values = values_of(image, None if config.context_size else type_)
+            latent = latent_of(stages, values, shifted=not config.pooled_zeros)
         found.append(
             Controlling(
                 name,
                 latent,
-                scale_of(s.control_scale[i]) if s.control_scale else 1.0,
+                float(s.control_scale[i]) if s.control_scale else 1.0,
                 interval_of(s.control_interval[i]) if s.control_interval else (0.0, 1.0),
                 config.way if s.control_map == "auto" else s.control_map,
             )

@@ -3,7 +3,6 @@
 import difflib
 import math
 from dataclasses import dataclass, fields, replace
-from os import PathLike
 from typing import Any
 
 from mmdit.common.errors import SettingsError
@@ -45,7 +44,7 @@ class Settings(
         for f in fields(self):
             if isinstance(f.default, tuple):  # one or several texts
                 given: Any = getattr(self, f.name) or ()
-                if not isinstance(given, tuple | list) and isinstance(as_text(given), str):
+                if not isinstance(given, tuple | list) and isinstance(as_text(given), str | int | float):
                     given = (given,)
                 if isinstance(given, tuple | list):  # else it is refused by `check`
                     given = tuple(as_text(one) for one in given)
