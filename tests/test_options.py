@@ -218,7 +218,10 @@ UNSEEN = {"count", "device", "memory", "out", "prompts", "dump"}
 QUOTED = {name: f'{name}: "{text}"' for name, text in {
     "lora": "a:0.5", "cfg_interval": "0.2:0.9", "apg": "0:15:-0.5", "also": "a pig:0.5", "slg_interval": "0:0.3",
     "control_interval": "0:0.8",
-}.items()}  # fmt: skip
+}.items()} | {
+    "control": "control: net", "control_image": "control_image: edges.png", "control_scale": "control_scale: 0.5",
+    "control_type": "control_type: canny",
+}  # fmt: skip
 # By what they hold.
 IN_WEIGHTS = {"model", "clip_l", "clip_g", "t5xxl", "vae", "tokenizers", "variant", "control_mask"}
 

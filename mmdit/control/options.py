@@ -80,7 +80,7 @@ class ControlOptions:
                     f"{name} is there {given} times for {nets} of control: expected one for each, in the same order"
                 )
         if self.control_mask is not None and not nets:
-            raise SettingsError("control_mask without control: there is nothing that fills in")
+            raise wrong("control_mask", self.control_mask, "control with it, a ControlNet that fills in")
 
     def check_pictures(self) -> None:
         """Raise SettingsError where a picture is to be drawn and a ControlNet has none to control by."""

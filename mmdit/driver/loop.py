@@ -16,7 +16,7 @@ from mmdit.common.errors import SettingsError
 from mmdit.common.options import Mark, marked
 from mmdit.control.options import ControlOptions
 from mmdit.control.rows import Control
-from mmdit.driver.controls import Controlling, controlling
+from mmdit.driver.controlling import Controlling, controlling
 from mmdit.driver.sampling import changes, guidance_of, sigmas_of, solver_of
 from mmdit.driver.settings import Settings
 from mmdit.driver.stages import Stages
