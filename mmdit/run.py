@@ -15,6 +15,7 @@ from mmdit.common.files import sweep
 from mmdit.common.options import Mark, kind, of_each, rooms
 from mmdit.driver.likeness import filled
 from mmdit.driver.output import Saver, check_writable, is_file, picture_path, save_dump
+from mmdit.driver.pictures import check_pictures
 from mmdit.driver.prompts import Folders, read_prompts, told_at
 from mmdit.driver.settings import Settings, alone
 
@@ -74,6 +75,7 @@ def run(settings: Settings) -> None:
     if settings.prompts is None:
         settings.check_pictures()
         check_writable(settings)
+        check_pictures(settings)
         lines = None
     else:
         base = replace(settings, prompts=None)

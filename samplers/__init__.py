@@ -25,6 +25,8 @@ if TYPE_CHECKING:
         solver,
     )
     from samplers.guidance import Term, classifier_free_guidance, combined, unguided
+    from samplers.masked import keeping, noised
+    from samplers.noise import spherical
     from samplers.schedule import SCHEDULES, Schedule, shift_sigma, shifted_sigmas
     from samplers.solvers import SOLVERS, euler
 
@@ -52,9 +54,12 @@ __all__ = [
     "drawing",
     "euler",
     "guided",
+    "keeping",
+    "noised",
     "shift_sigma",
     "shifted_sigmas",
     "solver",
+    "spherical",
     "unguided",
 ]
 _TOLD = ["Ask", "Evaluation", "Moment", "Noise", "Point", "Step"]
@@ -62,6 +67,8 @@ _FLOW = ["NEGATIVE", "PROMPT", *_TOLD, "Guidance", "Guiding", "Solver", "Solving
 __getattr__ = lazy(__name__, {
     "flow": [*_FLOW, "drawing", "guided", "solver"],
     "guidance": ["Term", "classifier_free_guidance", "combined", "unguided"],
+    "masked": ["keeping", "noised"],
+    "noise": ["spherical"],
     "schedule": ["SCHEDULES", "Schedule", "shift_sigma", "shifted_sigmas"],
     "solvers": ["SOLVERS", "euler"],
 })  # fmt: skip

@@ -50,7 +50,7 @@ def main(folder: str) -> None:
         "attention": "math",
     }
     settings = pipe.check(replace(pipe.settings, **asked))
-    job = pipe.job(settings)
+    job = pipe.job(settings)._replace(init=True)
     pipe.follow(pipe.plan_for(job), job)
     took = {}
     texts, took["encode"] = watched(lambda: pipe.encode(["a horse", ""], 77))
@@ -62,6 +62,8 @@ def main(folder: str) -> None:
         )
 
     latents, took["denoise"] = watched(step)
+    pixels = torch.zeros(1, 512, 512, 3, dtype=torch.uint8)
+    _, took["init"] = watched(lambda: pipe.encode_picture(pixels))
     _, took["decode"] = watched(lambda: pipe.decode(latents[:1]))
     print(json.dumps({name: (took[name], pipe.plan.stages[name]) for name in took}))
 

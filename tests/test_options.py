@@ -28,6 +28,19 @@ prompt None what
 --height None H
 --seed 0 S
 --count 1 N
+Pictures to begin with:
+--init None IMAGE
+--strength None X
+--fit 'crop' crop,pad,stretch
+--mask None IMAGE
+--mask-blur 0.0 N
+--mask-crop None MARGIN
+--mask-edges 'pixels' pixels,latent
+--outpaint None LEFT,TOP,RIGHT,BOTTOM
+--upscale None X
+--upscale-strength 0.4 X
+--variation-seed None V
+--variation-strength None X
 ControlNets; what is said of several is repeated, in one order:
 --control [] FILE|FOLDER
 --control-image [] IMAGE
@@ -109,8 +122,9 @@ def test_the_options_are_frozen() -> None:
     """Headings, names, defaults and values of all of them, each a field of Settings and with its default."""
     assert told(make_parser()) == OPTIONS.splitlines()
     names = [a.dest for a in make_parser()._actions if not isinstance(a, argparse._HelpAction)]
-    found = {"weights", "clip_chunks", "t5_tokens"}
-    assert names == [f.name for f in fields(Settings) if f.name not in found] == keywords(Settings)
+    assert (
+        names == [f.name for f in fields(Settings) if f.name not in marked(Settings, Mark.FOUND)] == keywords(Settings)
+    )
     assert settings_of(["x"]) == Settings("x")
     assert settings_of(["--prompts", "x.txt"]) == Settings(prompts="x.txt")
     assert SD35_MEDIUM_DEFAULTS == {"width": 1024, "height": 1024, "steps": 28, "cfg": 4.5, "t5_length": 256}
@@ -209,6 +223,9 @@ OTHER = {
     "t5_tokens": 300,
     "control": ("net",), "control_image": ("edges.png",), "control_scale": (0.5,), "control_interval": ("0:0.8",),
     "control_mask": "mask.png", "control_type": ("canny",), "control_map": "stability", "control_pictures": "x",
+    "init": "i", "strength": 0.5, "fit": "pad", "mask": "j", "mask_blur": 4.0, "mask_crop": 8, "mask_edges": "latent",
+    "outpaint": "0,0,64,0", "upscale": 2.0, "upscale_strength": 0.3, "variation_seed": 5, "variation_strength": 0.1,
+    "images": "h", "size": "30x31",
     "t5": "off", "t5_length": 77, "model": "m", "clip_l": "l", "clip_g": "g", "t5xxl": "t",
     "vae": "v", "tokenizers": "k", "lora": ("a:0.5",), "variant": "a.py", "weights": "w", "device": "cpu",
     "dtype": "fp32", "quantise": "int8", "attention": "math", "compile": True, "memory": "1GB", "out": "o",
@@ -217,13 +234,13 @@ OTHER = {
 UNSEEN = {"count", "device", "memory", "out", "prompts", "dump"}
 QUOTED = {name: f'{name}: "{text}"' for name, text in {
     "lora": "a:0.5", "cfg_interval": "0.2:0.9", "apg": "0:15:-0.5", "also": "a pig:0.5", "slg_interval": "0:0.3",
-    "control_interval": "0:0.8",
+    "outpaint": "0,0,64,0", "control_interval": "0:0.8",
 }.items()} | {
     "control": "control: net", "control_image": "control_image: edges.png", "control_scale": "control_scale: 0.5",
     "control_type": "control_type: canny",
 }  # fmt: skip
 # By what they hold.
-IN_WEIGHTS = {"model", "clip_l", "clip_g", "t5xxl", "vae", "tokenizers", "variant", "control_mask"}
+IN_WEIGHTS = {"model", "clip_l", "clip_g", "t5xxl", "vae", "tokenizers", "variant", "init", "mask", "control_mask"}
 
 
 @pytest.mark.parametrize("name", OTHER)
@@ -254,7 +271,7 @@ def test_marks() -> None:
     }  # fmt: skip
     assert marked(Settings, Mark.OF_THE_RUN) == ("memory", "prompts", "dump")
     own = {f"{role}{encoder}" for role in ("prompt", "negative") for encoder in ("", "_clip_l", "_clip_g", "_t5")}
-    own |= {"control_image", "control_mask", "control_pictures"}
+    own |= {"control_image", "control_mask", "control_pictures", "variation_seed", "variation_strength"}
     assert {*marked(Settings, Mark.OWN)} == {*own, "emphasis", "long_prompts", "seed", "count", "out"}
     assert marked(PictureOptions, Mark.LOADED) == ()
 

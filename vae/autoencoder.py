@@ -98,7 +98,11 @@ class Autoencoder(nn.Module):
         image: `(B, 3, H, W)` in [-1, 1], H and W multiples of `config.downscale`.
         Returns two tensors `(B, latent_channels, h, w)`.
         """
-        mean, logvar = self.encoder(image).chunk(2, dim=1)  # (B, C, h, w) each
+        return self.gaussian(self.encoder(image))
+
+    def gaussian(self, told: Tensor) -> tuple[Tensor, Tensor]:
+        """What `encode` returns, of what the encoder tells, `(B, 2 * latent_channels, h, w)`."""
+        mean, logvar = told.chunk(2, dim=1)  # (B, C, h, w) each
         std = torch.exp(0.5 * logvar.clamp(-30.0, 20.0))  # the clamp is part of the published definition
         scale, shift = self.config.scaling_factor, self.config.shift_factor
         return (mean - shift) * scale, std * scale
@@ -127,10 +131,20 @@ class Encoder(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         x = self.conv_in(image)  # (B, C0, H, W)
+        for step in self.steps():
+            x = step(x)
+        return self.told(x)
+
+    def steps(self) -> Iterator[nn.Module]:
+        """What comes before the middle, in order, one by one as in `Decoder.steps`."""
         for level in self.down:
-            x = level(x)
-        x = self.mid(x)  # (B, C3, h, w)
-        return self.conv_out(F.silu(self.norm_out(x), inplace=True))  # (B, 2 * latent, h, w)
+            assert isinstance(level, DownLevel)
+            yield from (*level.block, level.downsample)
+
+    def told(self, x: Tensor) -> Tensor:
+        """The middle and the end: x `(B, C3, h, w)` to mean and log variance, `(B, 2 * latent_channels, h, w)`."""
+        x = self.mid(x)
+        return self.conv_out(F.silu(self.norm_out(x), inplace=True))
 
 
 class Decoder(nn.Module):
@@ -169,9 +183,6 @@ class DownLevel(nn.Module):
         super().__init__()
         self.block = residual_blocks(width_in, width, blocks, groups)
         self.downsample = nn.Identity() if last else Downsample(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.downsample(self.block(x))
 
 
 class UpLevel(nn.Module):

@@ -1,4 +1,4 @@
-"""Whole feature maps of a decode in strips: where they lie, and the statistics that norms need.
+"""Whole feature maps of what is computed in strips: where they lie, and the statistics that norms need.
 
 Row by row (channels last), so that a strip is one piece of memory. Each strip leaves its own mean and variance when it
 is made, and they are merged in float32 around the common mean, so that large means cost no digits.
@@ -94,15 +94,19 @@ class Map:
     @classmethod
     def of(cls, values: Tensor, store: Store) -> "Map":
         """A map `(1, C, h, w)` on the device, put into the store."""
-        x = cls(store, store.place(values.numel()), *values.shape[1:])
+        x = cls.empty(store, *values.shape[1:])
         x.keep(Strip(0, x.height, x.height), values)
         return x
 
-    def new(self, channels: int, scale: int = 1) -> "Map":
+    @classmethod
+    def empty(cls, store: Store, channels: int, height: int, width: int) -> "Map":
+        """Room for a map."""
+        return cls(store, store.place(channels * height * width), channels, height, width)
+
+    def new(self, channels: int, scale: float = 1) -> "Map":
         """Room for another map, `scale` times as high and wide."""
         _, _, height, width = self.values.shape
-        height, width = scale * height, scale * width
-        return Map(self._store, self._store.place(channels * height * width), channels, height, width)
+        return Map.empty(self._store, channels, int(scale * height), int(scale * width))
 
     def successor(self, channels: int) -> "Map":
         """Room for a map of the same size that is written strip by strip while this one is read, in its place.
@@ -119,6 +123,10 @@ class Map:
     def load(self, strip: Strip, device: torch.device, halo: bool = True) -> Tensor:
         """Rows on the device, by default with their halo: `(1, C, rows, w)`."""
         top, bottom = (strip.top - strip.above, strip.bottom + strip.below) if halo else (strip.top, strip.bottom)
+        return self.rows(top, bottom, device)
+
+    def rows(self, top: int, bottom: int, device: torch.device) -> Tensor:
+        """Rows on the device, as many of them as there are."""
         return self.values[:, :, top:bottom].to(device, non_blocking=self._place.pinned)
 
     def keep(self, strip: Strip, values: Tensor) -> None:

@@ -1,11 +1,11 @@
-"""How much memory a decode takes, by arithmetic: the maps that live at the same time, of one picture.
+"""How much memory a decode or an encode takes, by arithmetic: the maps that live at the same time, of one picture.
 
 Counted are the tensors of the code as it stands in `vae.autoencoder` and `vae.strips`; the tests compare with what it
 really allocates. Not counted are the weights, a convolution library's own workspace, and the table of scores of a
 backend that has no fused attention for heads as wide as the last level. h, w: rows and columns of the latent.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from vae.strips import CACHED, LAUNCHED
 
 
 class Peak(NamedTuple):
-    """The most bytes that a decode holds at once."""
+    """The most bytes that a decode, or an encode, holds at once."""
 
     device: int  # activations where it is computed
     store: int  # whole maps; 0 for the plain path
@@ -37,16 +37,35 @@ def decode_peak(
     return found.device if store_apart else found.together + library_peak(config, h, w, rows, dtype)
 
 
+def encode_peak(
+    config: VAEConfig, h: int, w: int, rows: int | None, dtype: torch.dtype, store_apart: bool = True
+) -> int:
+    """Bytes on the device during the encode of one picture, itself included; else as `decode_peak`."""
+    found = peak(config, h, w, rows, dtype, store_apart, encode=True)
+    return found.device if store_apart else found.together + library_peak(config, h, w, rows, dtype, encode=True)
+
+
 @lru_cache(maxsize=64)  # plans are compared by the hundred
 def rows_for(
-    config: VAEConfig, h: int, w: int, dtype: torch.dtype, budget: int, store_apart: bool = True
+    config: VAEConfig,
+    h: int,
+    w: int,
+    dtype: torch.dtype,
+    budget: int,
+    store_apart: bool = True,
+    peak_of: Callable[..., int] = decode_peak,
 ) -> int | None:
-    """The largest `rows` whose peak is within `budget` bytes: h where the plain path fits; None where nothing does."""
-    fitting = (r for r in range(h, 0, -1) if decode_peak(config, h, w, r, dtype, store_apart) <= budget)
+    """The largest `rows` whose peak is within `budget` bytes: h where the plain path fits; None where nothing does.
+
+    peak_of: `decode_peak` or `encode_peak`.
+    """
+    fitting = (r for r in range(h, 0, -1) if peak_of(config, h, w, r, dtype, store_apart) <= budget)
     return next(fitting, None)
 
 
-def library_peak(config: VAEConfig, h: int, w: int, rows: int | None, dtype: torch.dtype) -> int:
+def library_peak(
+    config: VAEConfig, h: int, w: int, rows: int | None, dtype: torch.dtype, encode: bool = False
+) -> int:  # fmt: skip
     """Bytes that a CPU's convolution library takes for itself at its largest layer.
 
     In float32 it copies what it reads and what it writes into a layout of its own; 16 bits lie in it (channels last).
@@ -56,7 +75,7 @@ def library_peak(config: VAEConfig, h: int, w: int, rows: int | None, dtype: tor
     seen = min(rows or h, h) * w
     size = max(
         layer.scale**2 * max(layer.before + layer.after, 4 * 2 * layer.after if layer.doubles else 0)
-        for layer in _layers(config)
+        for layer in (_encoder_layers(config) if encode else _layers(config))
     )
     return dtype.itemsize * seen * size
 
@@ -67,16 +86,20 @@ def locked_places(config: VAEConfig, h: int, w: int) -> tuple[int, int]:
     return 3 if widens else 2, largest_map(config, h, w)
 
 
-def peak(config: VAEConfig, h: int, w: int, rows: int | None, dtype: torch.dtype, gpu: bool = False) -> Peak:
-    """All three peaks of `decode_peak`'s arguments.
+def peak(
+    config: VAEConfig, h: int, w: int, rows: int | None, dtype: torch.dtype, gpu: bool = False, encode: bool = False
+) -> Peak:
+    """All three peaks of `decode_peak`'s arguments, or `encode_peak`'s.
 
     gpu: whether that is where it is computed. PyTorch's group norm there gives up the layout that convolutions in 16
     bits want (channels last), and each copies its input back (`native_group_norm` in PyTorch 2.13, read, not measured).
     """
     if rows is None or rows >= h:
-        moments = list(_plain(config, h, w, copied=gpu and dtype.itemsize == 2))
+        plain = _plain_encode if encode else _plain
+        moments = list(plain(config, h, w, copied=gpu and dtype.itemsize == 2))
     else:
-        moments = list(_in_strips(config, h, w, rows, dtype.itemsize, LAUNCHED if gpu else CACHED))
+        stripped = _encode_in_strips if encode else _in_strips
+        moments = list(stripped(config, h, w, rows, dtype.itemsize, LAUNCHED if gpu else CACHED))
     device = max(m.made + m.loaded for m in moments)
     store = max(m.store for m in moments)
     together = max(m.made + m.store for m in moments)
@@ -92,12 +115,22 @@ class Moment(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A residual block after the middle."""
+    """A residual block of a level."""
 
     before: int  # channels
     after: int
     scale: int  # its rows per row of the latent
-    doubles: bool  # whether the step to twice the resolution follows
+    doubles: bool = False  # whether the step to twice the resolution follows
+    halves: bool = False  # whether the step to half the resolution follows
+
+
+def _encoder_layers(config: VAEConfig) -> Iterator[Layer]:
+    blocks, widths = config.layers_per_block, config.block_out_channels
+    for level, width in enumerate(widths):
+        last = len(widths) - 1 - level
+        for i in range(blocks):
+            before = widths[max(level - 1, 0)] if i == 0 else width
+            yield Layer(before, width, 2**last, halves=i == blocks - 1 and last > 0)
 
 
 def _layers(config: VAEConfig) -> Iterator[Layer]:
@@ -116,14 +149,71 @@ def _middle(config: VAEConfig, h: int, w: int) -> Moment:
 def _plain(config: VAEConfig, h: int, w: int, copied: bool) -> Iterator[Moment]:
     norms = 2 if copied else 1  # of a convolution's input
     yield _middle(config, h, w)
-    for before, after, scale, doubles in _layers(config):
-        size = scale * h * scale * w
-        yield Moment(((1 + norms) * before + after) * size)  # conv1: the block's input, its norm, the result
-        yield Moment((before + (1 + norms) * after) * size)  # conv2 likewise, and the sum, the input in another width
-        if doubles:
+    for layer in _layers(config):
+        after, size = layer.after, layer.scale**2 * h * w
+        yield from _block(layer, size, norms)
+        if layer.doubles:
             yield Moment((1 + 4 + 4) * after * size)  # the map, its rows and columns doubled, the result
     width, size = config.block_out_channels[0], config.downscale**2 * h * w
     yield Moment(((1 + norms) * width + config.image_channels) * size)
+
+
+def _block(layer: Layer, size: int, norms: int) -> Iterator[Moment]:
+    """A residual block of a map of so many pixels."""
+    before, after = layer.before, layer.after
+    yield Moment(((1 + norms) * before + after) * size)  # conv1: the block's input, its norm, the result
+    yield Moment((before + (1 + norms) * after) * size)  # conv2 likewise, and the sum, the input in another width
+
+
+def _plain_encode(config: VAEConfig, h: int, w: int, copied: bool) -> Iterator[Moment]:
+    norms, height, width = 2 if copied else 1, config.downscale * h, config.downscale * w
+    image = config.image_channels * height * width
+    for layer in _encoder_layers(config):
+        rows, columns = layer.scale * h, layer.scale * w
+        for moment in _block(layer, rows * columns, norms):
+            yield Moment(image + moment.made)
+        if layer.halves:  # the map, once more with zeros at two edges, the result
+            made = rows * columns + (rows + 1) * (columns + 1) + rows * columns // 4
+            yield Moment(image + layer.after * made)
+    yield Moment(image + _middle(config, h, w).made)
+
+
+def _encode_in_strips(
+    config: VAEConfig, h: int, w: int, rows: int, itemsize: int, many: int
+) -> Iterator[Moment]:  # fmt: skip
+    """many: numbers that are normalised at a time."""
+    size = config.downscale**2 * h * w
+    image, held = config.image_channels * size, config.block_out_channels[0] * size
+    for layer in _encoder_layers(config):
+        after, height, columns = layer.after, layer.scale * h, layer.scale * w
+        for moment in _block_in_strips(layer, h, w, rows, held, itemsize, many):
+            yield moment._replace(made=image + moment.made)
+        held = max(held, after * height * columns) if after <= layer.before else after * height * columns
+        if layer.halves:
+            store, half = held + after * height * columns // 4, height // 2
+            for strip in strips(half, layer.scale // 2 * rows):
+                own = strip.bottom - strip.top
+                seen, padded = after * (2 * own + strip.below) * columns, after * (2 * own + 1) * (columns + 1)
+                yield Moment(image + padded, seen, store)
+                yield Moment(image + padded + after * own * columns // 2, 0, store)
+            held = after * height * columns // 4
+    last = config.block_out_channels[-1] * h * w
+    yield Moment(image + _middle(config, h, w).made - last, last, held)
+
+
+def _block_in_strips(
+    layer: Layer, h: int, w: int, rows: int, held: int, itemsize: int, many: int
+) -> Iterator[Moment]:  # fmt: skip
+    """A residual block, of whose input's place the store holds so many numbers."""
+    before, after, height, columns = layer.before, layer.after, layer.scale * h, layer.scale * w
+    store = held + after * height * columns
+    room = after * height * columns if after > before else 0  # for a sum that does not fit into the input's place
+    for own, seen, made in _extents(height, layer.scale * rows):
+        result = after * made * columns
+        yield from _filtered(before, seen, columns, result, store, itemsize, many)
+        yield from _filtered(after, seen, columns, result, store + room, itemsize, many)
+        shortcut = after * own * columns if after != before else 0
+        yield Moment(result + shortcut, before * own * columns, store + room)
 
 
 def _in_strips(config: VAEConfig, h: int, w: int, rows: int, itemsize: int, many: int) -> Iterator[Moment]:
@@ -131,18 +221,12 @@ def _in_strips(config: VAEConfig, h: int, w: int, rows: int, itemsize: int, many
     yield _middle(config, h, w)
     held = config.block_out_channels[-1] * h * w  # numbers of the map that a block begins with, in the store
     yield Moment(held, 0, held)
-    for before, after, scale, doubles in _layers(config):
+    for layer in _layers(config):
+        after, scale = layer.after, layer.scale
         size, columns = scale * h * scale * w, scale * w
-        store = held + after * size
-        room = after * size if after > before else 0  # for a sum that does not fit into the input's place
-        for own, seen, made in _extents(scale * h, scale * rows):
-            result = after * made * columns
-            yield from _filtered(before, seen, columns, result, store, itemsize, many)
-            yield from _filtered(after, seen, columns, result, store + room, itemsize, many)
-            shortcut = after * own * columns if after != before else 0
-            yield Moment(result + shortcut, before * own * columns, store + room)
-        held = max(held, after * size) if not room else after * size
-        if doubles:
+        yield from _block_in_strips(layer, h, w, rows, held, itemsize, many)
+        held = max(held, after * size) if after <= layer.before else after * size
+        if layer.doubles:
             store = held + 4 * after * size
             kernels = 16 * after**2
             yield Moment(kernels + 29 * after**2 * max(4 // itemsize, 1), 0, store)  # the sums, from float32

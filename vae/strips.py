@@ -1,15 +1,15 @@
-"""Decoding in horizontal strips: the whole decoder layer by layer, with only a few rows on the device at a time.
+"""Decoding and encoding in horizontal strips: layer by layer, with only a few rows on the device at a time.
 
 The result is the plain one within rounding. Nothing is blended and no strip sees less than it needs:
 
-- Every convolution reads one row of halo above and below; beyond the picture's edge, and only there, are the zeros that
-  the plain path pads with, after normalisation and SiLU.
+- Every convolution reads one row of halo above and below, the encoder's steps to half the resolution one below; beyond
+  the picture's edge, and only there, are the zeros that the plain path pads with, after normalisation and SiLU.
 - Group norm takes mean and variance over the whole map. Each strip leaves its own when it is made, and they are merged
   in float32 around the common mean, so that large means cost no digits.
 - The middle, with its attention over all cells, runs whole: it works at the latent's resolution.
 
 Equal bit for bit are: `rows` of at least the latent's height and the plain path; a picture of a batch and the same
-picture alone; the normalisation of a row in one strip and in its neighbour's halo. Everything else differs from the
+alone; the normalisation of a row in one strip and in its neighbour's halo. Everything else differs from the
 plain path by rounding: the merged statistics, a convolution's order of summation, and in half precision one rounding
 less between norm and SiLU, and one more in the kernels of the steps to twice the resolution. Together these leave the
 error of half precision against float32 where it is.
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vae.autoencoder import Autoencoder, ResnetBlock, Upsample
+from vae.autoencoder import Autoencoder, Downsample, ResnetBlock, Upsample
 from vae.maps import Map, Store, Strip, WholeNorm, largest_map, strips
 
 CACHED = 2**19  # numbers that are normalised at a time on a CPU
@@ -66,6 +66,49 @@ def _decode(vae: Autoencoder, latent: Tensor, rows: int, store: Store) -> Tensor
     for strip in strips(x.height, rows):
         picture[:, :, strip.top : strip.bottom] = _filtered(decoder.conv_out, norm, x, strip, device)
     return picture
+
+
+@torch.no_grad()
+def encode_in_strips(
+    vae: Autoencoder, image: Tensor, rows: int, store: torch.device | str | None = None
+) -> tuple[Tensor, Tensor]:
+    """image `(B, 3, H, W)` in [-1, 1] to mean and deviation `(B, latent_channels, h, w)` like `vae.encode`, in strips.
+
+    rows, store: as for `decode_in_strips`, rows in those of the latent; nothing is page-locked, since a picture is
+    encoded once. Gradients do not flow. Raises ValueError for `rows` under 1.
+    """
+    if rows < 1:
+        raise ValueError(f"a strip of {rows} rows: it needs at least 1")
+    if rows * vae.config.downscale >= image.shape[2]:
+        return vae.encode(image)
+    places = Store(torch.device(store) if store is not None else image.device, image.dtype)
+    return vae.gaussian(torch.cat([_encode(vae, one, rows, places) for one in image.split(1)]))
+
+
+def _encode(vae: Autoencoder, image: Tensor, rows: int, store: Store) -> Tensor:
+    """What the encoder tells of one picture."""
+    encoder, device, rows = vae.encoder, image.device, rows * vae.config.downscale
+    x = Map.empty(store, encoder.conv_in.out_channels, *image.shape[2:])  # (1, C0, H, W)
+    for strip in strips(x.height, rows):
+        part = image[:, :, strip.top - strip.above : strip.bottom + strip.below]
+        x.keep(strip, _convolve(encoder.conv_in, part, strip))
+    for step in encoder.steps():
+        if isinstance(step, ResnetBlock):
+            x = _residual(step, x, rows, device)
+        elif isinstance(step, Downsample):
+            x, rows = _halved(step, x, rows // 2, device), rows // 2
+    return encoder.told(x.rows(0, x.height, device))
+
+
+def _halved(step: Downsample, x: Map, rows: int, device: torch.device) -> Map:
+    """The step to half the resolution; rows: of a strip of the result."""
+    y = x.new(step.conv.out_channels, scale=0.5)
+    for strip in strips(y.height, rows):
+        part = x.rows(2 * strip.top, 2 * strip.bottom + 1, device)
+        part = F.pad(part, (0, 1, 0, 1 - strip.below))  # right, and below only beyond the picture's edge
+        y.keep(strip, F.conv2d(part, step.conv.weight, step.conv.bias, stride=2))
+        del part
+    return y
 
 
 def _residual(block: ResnetBlock, x: Map, rows: int, device: torch.device) -> Map:

@@ -14,6 +14,7 @@ from mmdit.common.errors import SettingsError
 from mmdit.driver.building import MODULES, build, variant_of
 from mmdit.driver.controls import check_pictures, open_controls
 from mmdit.driver.defaults import default_settings
+from mmdit.driver.pictures import enlarged, settled
 from mmdit.driver.reading import fitted
 from mmdit.driver.sampling import with_layers
 from mmdit.driver.settings import Settings, check_defaults, check_size, split_lora, user_path
@@ -51,14 +52,18 @@ class Parts(NamedTuple):
 
     def check(self, settings: Settings) -> Settings:
         """The settings with the model's defaults, dtype and files; SettingsError for what this model cannot do."""
-        settings = replace(settings.resolved(self.defaults), dtype=self.dtype_name, weights=self.weights)
-        check_there(settings, self.device, self.dtype)
+        settings.resolved(self.defaults)  # mistakes first: pictures have to be read
         modules = {name: network.module for name, network in self.networks.items()}
+        config, cell = modules["transformer"].config, modules["vae"].config.downscale
+        settings = settled(settings, self.defaults, config.patch_size * cell).resolved(self.defaults)
+        settings = replace(settings, dtype=self.dtype_name, weights=self.weights)
+        check_there(settings, self.device, self.dtype)
         nets = {name: modules[name] for name in self.controls}
-        for part in (modules["transformer"], *nets.values()):
-            check_size(settings, part.config, modules["vae"].config.downscale)
-        settings = with_layers(settings, modules["transformer"].config.depth)
-        return check_pictures(fitted(settings, self.text), nets)
+        largest = settings if settings.upscale is None else enlarged(settings, config.patch_size * cell)
+        for part in (config, *(net.config for net in nets.values())):
+            check_size(settings, part, cell)
+            check_size(largest, part, cell)
+        return check_pictures(fitted(with_layers(settings, config.depth), self.text), nets)
 
     @property
     def dtype_name(self) -> str:

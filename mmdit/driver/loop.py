@@ -1,7 +1,7 @@
 """The one loop: any number of pictures, step by step; each leaves it as soon as it is done."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import fields, replace
 from functools import partial
@@ -17,11 +17,14 @@ from mmdit.common.options import Mark, marked
 from mmdit.control.options import ControlOptions
 from mmdit.control.rows import Control
 from mmdit.driver.controlling import Controlling, controlling
+from mmdit.driver.pictures import enlarged
 from mmdit.driver.sampling import changes, guidance_of, sigmas_of, solver_of
 from mmdit.driver.settings import Settings
 from mmdit.driver.stages import Stages
+from mmdit.driver.starting import Start, noise_of, started, way_of
 from mmdit.driver.texts import Text, Texts, encode, parts, texts_of
 from mmdit.driver.watch import Drawn, Encoded, Event, Finite, Progress, Stepped, Watcher
+from mmdit.images.options import steps_of
 from mmdit.memory.plan import Job, Plan
 from mmdit.memory.residency import Mode, Role, of_role
 from mmdit.prepared import Prepared, Row
@@ -56,10 +59,12 @@ class Picture:
         sigmas: Tensor,
         tell: "Callable[[Picture, Event], None]",
         source: "Callable[[], Source]",
+        keep: Callable[[Step], Tensor] | None = None,
     ) -> None:
         """start: `(1, C, h, w)`, float32, where it is to be denoised. sigmas: the noise levels of its steps.
 
-        tell: called after each of them. source: makes the noise that a stochastic solver takes, anew.
+        tell: called after each of them. source: makes the noise that a stochastic solver takes, anew. keep: gives the
+        latents to go on with after a step, if not the step's own.
         """
         self.index, self.settings, self.start, self.sigmas = index, settings, start, sigmas
         self.prepared: Prepared | None = None
@@ -67,24 +72,28 @@ class Picture:
         self.nets: dict[str, Prepared] = {}  # its texts, by the ControlNets
         self.texts: dict[str, int] = {}  # its rows in `prepared`
         self.stopped = False
-        self._tell, self._source, self._solver = tell, source, solver_of(settings)
+        self._tell, self._source, self._solver, self._keep = tell, source, solver_of(settings), keep
         self.begin()
 
     def begin(self) -> None:
         guidance, source = guidance_of(self.settings), self._source()
         self._way: Any = drawing(self._solver, guidance, self.start, self.sigmas, self._step, source)
-        self.asked: Evaluation | None = next(self._way)
         self.latents: Tensor | None = None
+        self._send(None)
 
     def answer(self, velocities: Sequence[Tensor]) -> None:
         """Go on with what was asked for, until the next question or the end; after an error, it begins anew."""
         try:
-            self.asked = self._way.send(velocities)
-        except StopIteration as end:
-            self.asked, self.latents = None, end.value
+            self._send(velocities)
         except BaseException:
             self.begin()  # what it was on its way through is closed
             raise
+
+    def _send(self, velocities: Sequence[Tensor] | None) -> None:
+        try:
+            self.asked: Evaluation | None = self._way.send(velocities)
+        except StopIteration as end:
+            self.asked, self.latents = None, end.value
 
     def levels(self) -> list[float]:
         """The noise levels that are still to come."""
@@ -97,6 +106,7 @@ class Picture:
         return [Control(self.nets[c.net], c.latent, c.scale, c.way) for c in now]
 
     def _step(self, step: Step) -> Tensor:
+        step = step if self._keep is None else step._replace(x=self._keep(step))
         self._tell(self, Stepped(settings=self.settings, index=self.index, step=step))
         return step.x
 
@@ -185,12 +195,18 @@ class Drawing:
         self.settings: dict[int, Settings] = {}  # of the pictures begun: what each was drawn by
         self._controls: dict[object, list[Controlling]] = {}
         self._watchers, self._ended = [Finite(stages), *watchers], False
+        self._patch = stages.transformer.config.patch_size * stages.vae.config.downscale  # pixels
         for s in {kind(s): s for s in pictures}.values():
-            with stages.turn:
-                stages.plan_for(stages.job(s))
+            for each in self._passes(s):
+                with stages.turn:
+                    stages.plan_for(stages.job(each))
+
+    def _passes(self, s: Settings) -> list[Settings]:
+        """What is drawn one after the other for one picture, the last being the result."""
+        return [s] if s.upscale is None else [s, enlarged(s, self._patch)]
 
     def __iter__(self) -> Iterator[tuple[int, Image.Image]]:
-        stages, steps = self._stages, sum(s.steps or 0 for s in self.pictures)
+        stages, steps = self._stages, sum(steps_of(each) for s in self.pictures for each in self._passes(s))
         with Progress(steps, len(self.pictures)) as bar:
             self._watchers.append(bar)
             try:
@@ -203,26 +219,37 @@ class Drawing:
                     for i in part:
                         kinds.setdefault(kind(self.pictures[i]), []).append(i)
                     for alike in kinds.values():
-                        yield from self._draw(alike, texts, waiting)
+                        yield from self._finished(alike, texts, waiting)
             finally:
                 self._watchers.remove(bar)
                 stages.let_go()
 
-    def _draw(self, alike: list[int], texts: Texts, waiting: int) -> Iterator[tuple[int, Image.Image]]:
-        """The pictures with these indices, which are of one kind. waiting: bytes of `texts`."""
-        first = self.pictures[alike[0]]
-        apart = len({tuple(texts_of(self.pictures[i]).values()) for i in alike}) > 1
+    def _finished(self, alike: list[int], texts: Texts, waiting: int) -> Iterator[tuple[int, Image.Image]]:
+        """The pictures with these indices, which are of one kind, in one pass or two. waiting: bytes of `texts`."""
+        for i, image in self._draw({i: self.pictures[i] for i in alike}, texts, waiting):
+            if self.pictures[i].upscale is None:
+                yield i, image
+            else:
+                yield from self._draw({i: enlarged(self.pictures[i], self._patch, image)}, texts, waiting)
+
+    def _draw(self, alike: dict[int, Settings], texts: Texts, waiting: int) -> Iterator[tuple[int, Image.Image]]:
+        """One pass of pictures, by their indices, which are of one kind."""
+        first = next(iter(alike.values()))
+        apart = len({tuple(texts_of(s).values()) for s in alike.values()}) > 1
         job = self._stages.job(first, waiting=waiting, apart=apart, changed=len(changes(first)))
         job = job._replace(count=self._at_a_time(job, len(alike)))
         canvas, queue = Canvas(self._stages, texts), deque[int | Picture](alike)
         with self._stages.turn:
             job, plan = self._plan(job)
-        work = partial(self._denoise, canvas, queue, texts, job.texts + job.changed)
+        start: Start | None = None
         while queue and not self._ended:
             with self._stages.turn:
                 self._stages.follow(plan, job)
-                self._encode_controls(alike, job)
-                plan = self._stages.plan  # a smaller one where memory ran out
+                if first.init is not None and start is None:
+                    start = self._stages.stage("init", job, self._seconds, partial(started, self._stages, first))
+                self._encode_controls(alike.values(), job)
+                begin = partial(self._begin, alike, start, texts)
+                work = partial(self._denoise, canvas, queue, begin, job.texts + job.changed)
                 self._stages.stage("denoise", job, self._seconds, work)
                 plan = self._stages.ended_with  # a smaller one where memory ran out
             while canvas.done and not self._ended:
@@ -230,52 +257,61 @@ class Drawing:
                 with self._stages.turn:
                     if self._stages.plan is not plan:  # the networks were used for something else meanwhile
                         self._stages.follow(plan, job)
-                    image = self._decode(picture, job)
+                    image = self._decode(picture, job, start)
                     plan = self._stages.ended_with
                 if not picture.stopped:
                     yield picture.index, image
 
-    def _denoise(self, canvas: Canvas, queue: "deque[int | Picture]", texts: Texts, evaluations: int) -> None:
+    def _denoise(
+        self, canvas: Canvas, queue: "deque[int | Picture]", begin: Callable[[int], Picture], evaluations: int
+    ) -> None:
         """Take pictures from the queue, as many as the plan has room for, until all of them are done.
 
-        evaluations: of each at a time. Called again after memory ran out, it goes on from the last step, with as many
-        pictures as there is room for now.
+        begin: makes one of its index. evaluations: of each at a time. Called again after memory ran out, it goes on
+        from the last step, with as many pictures as there is room for now.
         """
         most = self._stages.plan.batch
         canvas.rows = most * evaluations
         queue.extendleft(reversed(canvas.leave(most)))
         while queue and len(canvas.on_way) < most:
             picture = queue.popleft()
-            picture = self._begin(picture, texts) if isinstance(picture, int) else picture
-            canvas.on_way += [] if picture.stopped else [picture]
+            picture = begin(picture) if isinstance(picture, int) else picture
+            if not picture.stopped:
+                (canvas.done if picture.asked is None else canvas.on_way).append(picture)
         while canvas.on_way and not self._ended:
             canvas.step()
         canvas.leave()
 
-    def _begin(self, index: int, texts: Texts) -> Picture:
-        s = self.settings[index] = replace(self.pictures[index], **self._stages.actual)
-        assert s.width and s.height and s.steps
-        sigmas = sigmas_of(s, self._stages.shift)
-        noise = self._stages.noise(s.width, s.height, [s.seed]).to(self._stages.device)
-        picture = Picture(index, s, noise, sigmas, self._tell, lambda: self._stages.noise_source(s.seed, noise))
+    def _begin(self, alike: dict[int, Settings], start: Start | None, texts: Texts, index: int) -> Picture:
+        stages, actual = self._stages, self._stages.actual
+        self.settings[index], s = replace(self.pictures[index], **actual), replace(alike[index], **actual)
+        sigmas, noise = sigmas_of(s, stages.shift), noise_of(stages, s)
+        latents, keep = way_of(start, noise, sigmas)
+        source = partial(stages.noise_source, s.seed, noise, s.rng)
+        picture = Picture(index, s, latents, sigmas, self._tell, source, keep)
         picture.controls = self._controls.get(pictures_of(s), [])
         own = {name: texts[text] for name, text in texts_of(s).items()}
-        self._tell(picture, Encoded(settings=s, index=index, texts=own, noise=noise, sigmas=sigmas))
+        event = Encoded(settings=s, index=index, texts=own, noise=noise, sigmas=sigmas)
+        if start is not None:
+            event.init, event.mask = start.latents, start.mask
+        self._tell(picture, event)
         return picture
 
-    def _encode_controls(self, alike: list[int], job: Job) -> None:
+    def _encode_controls(self, pictures: Iterable[Settings], job: Job) -> None:
         """Have the pictures encoded that control these, each once."""
-        for s in (self.pictures[i] for i in alike):
+        for s in pictures:
             if s.control and pictures_of(s) not in self._controls:
                 work = partial(controlling, self._stages, s)
-                self._controls[pictures_of(s)] = self._stages.stage("decode", job, self._seconds, work)
+                self._controls[pictures_of(s)] = self._stages.stage("init", job, self._seconds, work)
 
-    def _decode(self, picture: Picture, job: Job) -> Image.Image:
-        latents = picture.latents
+    def _decode(self, picture: Picture, job: Job, start: Start | None) -> Image.Image:
+        latents, s = picture.latents, picture.settings
         assert latents is not None
         pixels = self._stages.stage("decode", job, self._seconds, lambda: self._stages.decode(latents))
         image = Image.fromarray(pixels[0].numpy())
-        self._tell(picture, Drawn(settings=picture.settings, index=picture.index, image=image))
+        image = image if start is None else start.beginning.finish(image, s.mask_edges)
+        if s.upscale is None:  # else there is a second pass
+            self._tell(picture, Drawn(settings=s, index=picture.index, image=image))
         return image
 
     def _tell(self, picture: Picture, event: Event) -> None:

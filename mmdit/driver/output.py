@@ -26,6 +26,7 @@ from mmdit.common.files import beside, put, put_new
 from mmdit.common.jsons import parse_json
 from mmdit.common.paths import user_path
 from mmdit.driver.options import OutputOptions
+from mmdit.driver.pictures import result_size
 from mmdit.driver.settings import Settings
 
 _END = b"\0\0\0\0IEND\xaeB`\x82"  # of every PNG file
@@ -161,7 +162,7 @@ def parameters(settings: Settings) -> str:
         "Sampler": "Euler",
         "CFG scale": settings.cfg,
         "Seed": settings.seed,
-        "Size": f"{settings.width}x{settings.height}",
+        "Size": "{}x{}".format(*result_size(settings)),
         "Model": Path(settings.model).name if settings.model else "demo",
     }
     told = {"prompt", "negative", "steps", "cfg", "seed", "width", "height", "model", "count"}

@@ -96,7 +96,7 @@ class Pipeline(Stages):
             return cls(parts, settings, editable)
 
     def __call__(self, prompt: str, *, on_step: OnEachStep | None = None, **keywords: Any) -> list[Image.Image]:
-        """Draw. keywords: negative, width, height, steps, cfg, cfg_interval, seed, count, t5_length, memory, attention.
+        """Draw. keywords: all of Settings that loading does not fix, as negative, seed, steps, cfg, init and mask.
 
         They are as in Settings, which has more: other texts for an encoder, `emphasis`, `long_prompts`. on_step: called
         after each step of each picture with what is to be seen there (`mmdit.driver.watch.Stepped`); it may stop the

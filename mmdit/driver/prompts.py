@@ -13,6 +13,7 @@ from mmdit.common.jsons import parse_json
 from mmdit.common.options import Mark, marked
 from mmdit.common.paths import user_path
 from mmdit.driver.output import check_writable, is_file, picture_path, settings_in, stem
+from mmdit.driver.pictures import check_pictures
 from mmdit.driver.settings import Settings, alone, identity, keywords, settings_from
 
 JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
@@ -43,6 +44,7 @@ def read_prompts(path: str | Path, base: Settings) -> list[Line]:
         with told_at(line):
             settings = picture_settings(from_json(text) if in_json else {"prompt": text}, base)
             settings.resolved({})
+            check_pictures(settings)
             if settings.out not in folders:
                 check_writable(settings)
                 folders.add(settings.out)

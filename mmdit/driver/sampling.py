@@ -8,6 +8,7 @@ from torch import Tensor
 from mmdit.altered import Change
 from mmdit.common.errors import SettingsError
 from mmdit.driver.settings import Settings
+from mmdit.images.options import steps_of
 from samplers import NEGATIVE, PROMPT, SCHEDULES, SOLVERS, Guidance, Solver, Term, guidance
 from samplers.options import interval_of, layers_of, projection_of, weighted
 
@@ -17,9 +18,12 @@ def solver_of(s: Settings) -> Solver:
 
 
 def sigmas_of(s: Settings, shift: float) -> Tensor:
-    """The noise levels of its steps, `(steps + 1,)`, float32. shift: the model's own."""
+    """The noise levels of its steps, `(steps + 1,)`, float32; of image to image, those that are left.
+
+    shift: the model's own.
+    """
     assert s.steps
-    return SCHEDULES[s.schedule](s.steps, shift)
+    return SCHEDULES[s.schedule](s.steps, shift)[s.steps - steps_of(s) :]
 
 
 def levels_of(s: Settings, shift: float) -> list[float]:

@@ -43,7 +43,7 @@ from samplers import (
 )
 from samplers.philox import CudaNoise
 from text_encoders import Conditioning, Prompt
-from vae import Autoencoder, decode_in_strips
+from vae import Autoencoder, decode_in_strips, encode_in_strips
 from weights.fingerprint import with_adapters
 
 T = TypeVar("T")
@@ -106,8 +106,8 @@ class Stages:
         t5_length, chunks = lengths_of(s)
         context, t5_length = context_length(self.text, t5_length, chunks), 0 if s.t5 == "omit" else t5_length
         levels = len(sampling.levels_of(s, self.shift))
-        job = Job(rows, columns, s.count, levels, len(sampling.prompts_of(s)), t5_length, context=context)
-        job = job._replace(chunks=chunks, blank=int(s.emphasis))
+        job = Job(rows, columns, s.count, max(1, levels), len(sampling.prompts_of(s)), t5_length, context=context)
+        job = job._replace(init=s.init is not None or bool(s.control), chunks=chunks, blank=int(s.emphasis))
         return job._replace(attention=s.attention, memory=s.memory, **more)
 
     def plan_for(self, job: Job) -> Plan:
@@ -220,15 +220,6 @@ class Stages:
         shape = (config.latent_channels, height // cell, width // cell)
         return torch.stack([generator_of(seed, rng)(shape) for seed in seeds])
 
-    @torch.no_grad()
-    def encode_values(self, values: Tensor) -> Tensor:
-        """The mean of the latents `(B, C, h, w)` of pictures `(B, 3, H, W)` from -1 to 1; float32, on the device."""
-        with self.computing():
-            self.residency.use("vae")
-            latents = self.vae.encode(values.to(self.device, part_dtype("vae", self.dtype)))[0].float()
-        self.check_finite(latents, "the encoded picture")
-        return latents
-
     def prepare(
         self, texts: Sequence[Conditioning], sigmas: Iterable[float] = (), network: str = "transformer"
     ) -> Prepared:
@@ -314,7 +305,26 @@ class Stages:
         """Have blocks return what another run had there; see `mmdit.inside.patch`."""
         return inside.patch(self.transformer, seen, name, blocks)
 
-    # ---- the last stage ----------------------------------------------------------------------------
+    # ---- pictures ----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode_picture(self, pixels: Tensor) -> Tensor:
+        """Pixels, uint8 `(B, H, W, 3)`, to latents, float32 `(B, C, h, w)` on the device: the mean of their Gaussian.
+
+        H and W are multiples of 8, as the transformer needs them of 16.
+        """
+        return self.encode_values(pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1))
+
+    @torch.no_grad()
+    def encode_values(self, values: Tensor) -> Tensor:
+        """The same of numbers `(B, 3, H, W)`, which are from -1 to 1 but for some ControlNets."""
+        with self.computing():
+            self.residency.use("vae")
+            values = values.to(self.device, part_dtype("vae", self.dtype))
+            rows = self.plan.init_strip or values.shape[2]
+            mean, _ = encode_in_strips(self.vae, values, rows, "cpu")
+        self.check_finite(mean, "the latents of a picture that was given")
+        return mean.float().contiguous()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

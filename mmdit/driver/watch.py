@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from mmdit.driver.settings import Settings
 from mmdit.driver.stages import Stages
+from mmdit.images.options import steps_of
 from samplers import NEGATIVE, PROMPT, Step
 from text_encoders import Conditioning
 
@@ -43,11 +44,13 @@ class Event:
 
 @dataclass(kw_only=True)
 class Encoded(Event):
-    """Its texts are encoded and its noise is drawn; nothing is denoised yet."""
+    """Its texts are encoded, and the picture that it begins with; its noise is drawn; nothing is denoised yet."""
 
     texts: dict[str, Conditioning]  # "prompt" and, with guidance, "negative", each a batch of 1
     noise: Tensor  # (1, C, h, w), float32
     sigmas: Tensor  # (steps + 1,), on the CPU
+    init: Tensor | None = None  # (1, C, h, w), float32: latents of the picture that it begins with
+    mask: Tensor | None = None  # (1, 1, h, w), float32: how free each cell is, 0 to 1
 
     def tell(self, watcher: "Watcher") -> None:
         watcher.encoded(self)
@@ -81,7 +84,7 @@ class Stepped(Event):
 
     @property
     def last(self) -> bool:
-        return self.step.index + 1 == self.settings.steps
+        return self.step.index + 1 == steps_of(self.settings)
 
     def tell(self, watcher: "Watcher") -> None:
         watcher.step(self)
@@ -161,7 +164,7 @@ class Finite(Watcher):
             finite = torch.stack(self._flags.pop(event.index)).tolist()
             if not all(finite):
                 first = event.step.index + 2 - len(finite) + finite.index(False)
-                raise self._stages.not_finite(f"the latents after step {first} of {event.settings.steps}")
+                raise self._stages.not_finite(f"the latents after step {first} of {steps_of(event.settings)}")
 
 
 class Trace(Watcher):
@@ -179,6 +182,7 @@ class Trace(Watcher):
 
     def encoded(self, event: Encoded) -> None:
         seen = self._seen[event.index] = {"noise": event.noise.cpu()}
+        seen |= {name: x.cpu() for name in ("init", "mask") if (x := getattr(event, name)) is not None}
         self._sigmas = event.sigmas
         for role, name in ((PROMPT, "cond"), (NEGATIVE, "uncond")):
             if role in event.texts:

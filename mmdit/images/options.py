@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmdit.common.errors import SettingsError
-from mmdit.common.options import Mark, option, wrong
+from mmdit.common.options import Mark, option, shown, wrong
 
 FITS = ("crop", "pad", "stretch")  # those of mmdit.images.shape
 EDGES = ("pixels", "latent")
@@ -50,6 +50,11 @@ def _times(name: str, value: Any) -> None:
 def _check_variation(name: str, value: Any) -> None:
     if not -(2**63) <= value < 2**63:  # some are added, one for each picture
         raise wrong(name, value, "a whole number of at most 63 bits")
+
+
+def _check_size(name: str, value: Any) -> None:
+    if not re.fullmatch("[1-9][0-9]{0,8}x[1-9][0-9]{0,8}", value):
+        raise wrong(name, value, "WxH in pixels")
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,9 @@ class ImageOptions:
         None, "how much of it: 0 is none, 1 is that noise alone", Mark.OWN, metavar="X", check=_share
     )
     images: str | None = option(None, "a hash of what these pictures hold", Mark.FOUND)
-    size: str | None = option(None, "size of the result, where it is not what is drawn", Mark.FOUND)
+    size: str | None = option(
+        None, "size of the result, where it is not what is drawn", Mark.FOUND, check=_check_size
+    )  # fmt: skip
 
     def check_together(self) -> None:
         needs = {
@@ -114,14 +121,21 @@ class ImageOptions:
         }  # fmt: skip
         for name, needed in needs.items():
             if getattr(self, name) is not None and getattr(self, needed) is None:
-                raise SettingsError(f"{name} without {needed}: it says how {needed} is used; give both or neither")
+                raise _lonely(self, name, needed)
         masked = self.mask is not None or self.outpaint is not None
         if self.mask_blur and not masked:
-            raise SettingsError("mask_blur without mask: there is nothing to soften")
+            raise _lonely(self, "mask_blur", "mask")
         if self.mask_crop is not None and self.outpaint is not None:
-            raise SettingsError("mask_crop with outpaint: what is drawn would not be the picture's region; give one")
+            raise SettingsError(f"mask_crop is {self.mask_crop}, but outpaint is given too: expected one of them")
         if self.upscale is not None and masked:
-            raise SettingsError("upscale with mask or outpaint: draw first, then give the result as init with upscale")
+            raise SettingsError(
+                f"upscale is {self.upscale}, but mask or outpaint is given too: draw first, then enlarge the result"
+            )
+
+
+def _lonely(settings: Any, name: str, needed: str) -> SettingsError:
+    value = shown(getattr(settings, name))
+    return SettingsError(f"{name} is {value}, but {needed} is not given: expected both or neither")
 
 
 def full_strength(settings: Any) -> float:
@@ -129,6 +143,12 @@ def full_strength(settings: Any) -> float:
     if settings.strength is not None:
         return settings.strength
     return STRENGTH if settings.mask is None and settings.outpaint is None else 1.0
+
+
+def steps_of(settings: Any) -> int:
+    """How many steps a picture takes, its strength taken into account."""
+    left_out = 0 if settings.init is None else steps_left_out(settings.steps, full_strength(settings))
+    return settings.steps - left_out
 
 
 def steps_left_out(steps: int, strength: float) -> int:

@@ -113,7 +113,7 @@ def _bytes(name: str, given: str) -> bytes:
 
 
 def _open(name: str, given: str, data: bytes) -> Image.Image:
-    if (size := _webp_size(data)) is not None:  # Pillow makes room for all of it as it opens the file
+    if (size := _claimed_size(data)) is not None:  # Pillow makes room for all of a WebP as it opens it
         _check_size(name, given, *size)
     with _told(name, given):
         image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -154,8 +154,13 @@ def _check_size(name: str, given: str, width: int, height: int) -> None:
         raise SettingsError(f"{name}: {given}: has no pixels")
 
 
-def _webp_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height that a WebP file claims, None for other files (RFC 9649, sections 2.5 to 2.7)."""
+def _claimed_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height that a PNG or a WebP claims to have, None for other files.
+
+    PNG (W3C), section 11.2.1; RFC 9649, sections 2.5 to 2.7.
+    """
+    if data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) >= 24:
+        return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
     if data[:4] != b"RIFF" or data[8:12] != b"WEBP":
         return None
     chunk, head = data[12:16], data[20:30].ljust(10, b"\0")

@@ -36,14 +36,16 @@ class Margins(NamedTuple):
 # ---- sizes ---------------------------------------------------------------------------------------
 
 
-def own_size(size: tuple[int, int], most: int, multiple: int) -> tuple[int, int]:
-    """The size at which a picture is drawn whose size nobody said: its own where it has at most so many pixels.
+def own_size(size: tuple[int, int], most: int) -> tuple[int, int]:
+    """The size at which a picture is drawn whose size nobody said: its own, or scaled down to so many pixels."""
+    scale = min(1.0, math.sqrt(most / (size[0] * size[1])))
+    width, height = (max(1, round(side * scale)) for side in size)
+    return width, height
 
-    A larger one is scaled down to `most` pixels. Each side is the nearest multiple that is not above it, at least one.
-    """
-    width, height = size
-    scale = min(1.0, math.sqrt(most / (width * height)))
-    width, height = (max(multiple, int(side * scale + 1e-6) // multiple * multiple) for side in size)
+
+def whole(size: tuple[int, int], multiple: int) -> tuple[int, int]:
+    """The least multiples that are not below the sides."""
+    width, height = (-(-side // multiple) * multiple for side in size)
     return width, height
 
 
@@ -102,6 +104,14 @@ def extended(image: Image.Image, margins: Margins) -> Image.Image:
     if image.mode == "L":
         return Image.fromarray(np.pad(np.asarray(image), (rows, columns)))
     return Image.fromarray(np.pad(np.asarray(image), (rows, columns, (0, 0)), mode="edge"))
+
+
+def completed(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """With rows and columns more, below and to the right, up to a size; its edge is repeated, of masks too."""
+    if image.size == size:
+        return image
+    more = [(0, size[1] - image.height), (0, size[0] - image.width), (0, 0)]
+    return Image.fromarray(np.pad(np.asarray(image), more[: np.asarray(image).ndim], mode="edge"))
 
 
 # ---- regions -------------------------------------------------------------------------------------

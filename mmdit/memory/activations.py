@@ -20,7 +20,7 @@ from mmdit.memory.plan import Job
 from mmdit.memory.residency import Network, Role, of_role
 from mmdit.prepared import Prepared, Row, predict
 from text_encoders import CLIPConfig
-from vae import cpu_rows, decode_peak, locked_places, rows_for
+from vae import cpu_rows, decode_peak, encode_peak, locked_places, rows_for
 
 _UNITS = 20  # tensors as large as all tokens together that a step never needs more of at a time
 _TABLES = 2  # of scores, and
@@ -137,21 +137,30 @@ class Activations:
         clip = max(config.max_length for config in configs if isinstance(config, CLIPConfig))
         return job.chunks * clip + job.t5_length
 
-    # ---- decoding --------------------------------------------------------------------------------
+    # ---- decoding, and encoding pictures ---------------------------------------------------------
 
     def decoding(self, name: str, job: Job, budget: int) -> tuple[int | None, int]:
         """The height of the highest strips for which the budget suffices, None for the whole, and the bytes they take.
 
         Where it suffices for none, the lowest. For one picture: those of a batch are decoded one by one.
         """
+        return self._in_strips(decode_peak, name, job, budget)
+
+    def encoding_picture(self, name: str, job: Job, budget: int) -> tuple[int | None, int]:
+        """The same for the encode of a picture."""
+        return self._in_strips(encode_peak, name, job, budget)
+
+    def _in_strips(
+        self, peak_of: Callable[..., int], name: str, job: Job, budget: int
+    ) -> tuple[int | None, int]:  # fmt: skip
         network, apart = self._networks[name], self._device.type != "cpu"
         config, dtype = network.module.config, _dtype(network)
-        rows = rows_for(config, job.rows, job.columns, dtype, budget, apart) or 1
+        rows = rows_for(config, job.rows, job.columns, dtype, budget, apart, peak_of) or 1
         if not apart and dtype.itemsize == 2:  # strips are faster there; float32 keeps to the plain path's bits
             rows = min(rows, cpu_rows(job.rows, job.columns))
         rows = -(-job.rows // -(-job.rows // rows))  # as many strips of equal height
         strip = None if rows >= job.rows else rows
-        return strip, decode_peak(config, job.rows, job.columns, strip, dtype, apart)
+        return strip, peak_of(config, job.rows, job.columns, strip, dtype, apart)
 
     def locked(self, name: str, job: Job) -> int:
         """Bytes of the host's memory that are page-locked where strips of one picture lie there."""

@@ -4,7 +4,7 @@ On a CPU memory means what a process has of its own; weights that are used where
 nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -88,9 +88,23 @@ class Costs:
 
     def decoding(self, modes: Mapping[str, Mode], job: Job, budget: int) -> tuple[int | None, Bytes]:
         """For one picture in the highest strips with which that keeps to the budget, and their height; None: whole."""
-        (name,) = of_role(Role.DECODES, modes)
+        return self._in_strips(Role.DECODES, self.activations.decoding, modes, job, budget)
+
+    def encoding_picture(self, modes: Mapping[str, Mode], job: Job, budget: int) -> tuple[int | None, Bytes]:
+        """The same for the picture that another begins with."""
+        return self._in_strips(Role.ENCODES_PICTURE, self.activations.encoding_picture, modes, job, budget)
+
+    def _in_strips(
+        self,
+        role: Role,
+        work: Callable[[str, Job, int], tuple[int | None, int]],
+        modes: Mapping[str, Mode],
+        job: Job,
+        budget: int,
+    ) -> tuple[int | None, Bytes]:
+        (name,) = of_role(role, modes)
         coming = self._visit(name, modes[name], 0, 0, 0)
-        strip, working = self.activations.decoding(name, job, budget - coming.peak)
+        strip, working = work(name, job, budget - coming.peak)
         return strip, coming._replace(working=working)
 
     def locked(self, modes: Mapping[str, Mode], kept: int, job: Job, strip: int | None) -> int:

@@ -26,6 +26,7 @@ class Job(NamedTuple):
     memory: str = "auto"  # the budget, as a user gives it
     waiting: int = 0  # bytes of the host's memory for texts that are encoded and wait
     context: int | None = None  # tokens of a text's context; None: as CLIP and T5 give it
+    init: bool = False  # whether it begins with a picture, which is encoded
     changed: int = 0  # evaluations for each picture, beside one for each text, by a network that is changed
     chunks: int = 1  # of CLIP's tokens, each encoded as a text of its own
     blank: int = 0  # 1 where the empty prompt is encoded beside the texts
@@ -59,6 +60,7 @@ class Plan:
     kept: int = 0  # blocks that stay of a network that denoises and comes block by block
     blocks: int = 0  # of it that take memory of the device, those kept among them
     locked: int = 0  # bytes of the host's memory that strips lie in page-locked; 0: it is not, or not enough, to be had
+    init_strip: int | None = None  # height of the strips that a picture is encoded in, as `strip`
 
     @property
     def peaks(self) -> dict[str, int]:
@@ -80,13 +82,17 @@ class Plan:
         denoisers = ", ".join(f"{n} {ways[self.modes[n]]}" for n in of_role(Role.DENOISES, self.modes))
         kept = f", {self.kept} of {self.blocks} blocks stay" if self.kept else ""
         batch = f", {self.batch} pictures at a time" if self.batch > 1 else ""
-        strips = "whole" if self.strip is None else f"in strips of {self.strip} latent rows"
+        init = f"init {told(self.peaks['init'])}: {_cut(self.init_strip)}; " if "init" in self.stages else ""
         locked = f", {told(self.locked)} of the host page-locked" if self.locked else ""
         return (
             f"{told(self.peak)} at the peak; encode {told(self.peaks['encode'])}: text encoders {encoders}; "
-            f"denoise {told(self.peaks['denoise'])}: {denoisers}{kept}{batch}; "
-            f"decode {told(self.peaks['decode'])}: {strips}{locked}"
+            f"{init}denoise {told(self.peaks['denoise'])}: {denoisers}{kept}{batch}; "
+            f"decode {told(self.peaks['decode'])}: {_cut(self.strip)}{locked}"
         )
+
+
+def _cut(strip: int | None) -> str:
+    return "whole" if strip is None else f"in strips of {strip} latent rows"
 
 
 def told(count: float) -> str:

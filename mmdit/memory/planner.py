@@ -14,6 +14,7 @@ from mmdit.memory.residency import Mode, Network, Role, of_role
 
 _LIGHT = 0.25  # of a network's weights: so few that need memory beside the mapped file may stay
 _LESS = 0.75  # of the memory that could not be had
+_CUT = {"init": "init_strip", "decode": "strip"}  # stages that may go in strips, and the plan's field for their height
 _LOW = 16  # rows of the latent: strips lower than this are slow
 _ROOM = 0.95  # of a budget, for decoding, where convolutions may take memory of their own, and for blocks that stay
 
@@ -65,7 +66,7 @@ class Planner:
         take less than they would have, and they are not to stay again.
         """
         took, most, refused = plan.peaks[stage], plan.peak, self._refused
-        if stage != "decode":  # it may have been a bound from above
+        if stage not in _CUT:  # it may have been a bound from above
             took = self.predict(plan.modes, job, plan.batch, 0, kept=plan.kept).peaks[stage]
         budget = self._beside + int(_LESS * (took - self._beside))
         if stage == "loading":
@@ -73,8 +74,8 @@ class Planner:
         loop = budget if stage in ("denoise", "loading") else plan.peaks["denoise"]
         others = [other for other in self.plans(job, budget, loop) if self.costs.staying(other.modes) < refused]
         others = [other for other in others if other.peak <= most] or others
-        if stage == "decode":
-            others.sort(key=lambda other: other.strip is not None and other.strip < _LOW)
+        if stage in _CUT:
+            others.sort(key=lambda other: (getattr(other, _CUT[stage]) or _LOW) < _LOW)
         found = next((other for other in others if other.peaks[stage] <= budget), None)
         found = found or min(others, key=lambda other: (other.peaks[stage], other.peak), default=None)
         if found is None or found.peaks[stage] >= took:
@@ -158,15 +159,18 @@ class Planner:
         """
         costs, waiting = self.costs, job.waiting if self._device.type == "cpu" else 0
         always = Bytes(beside=self._beside + costs.adapted() + waiting, staying=costs.staying(modes))
-        strip, decode = costs.decoding(modes, job, int(_ROOM * budget) - always.peak)
+        room = int(_ROOM * budget) - always.peak
+        strip, decode = costs.decoding(modes, job, room)
+        init_strip, init = costs.encoding_picture(modes, job, room) if job.init else (None, Bytes())
         stages = {
             "encode": always.plus(costs.encoding(modes, job, rough)),
+            **({"init": always.plus(init)} if job.init else {}),
             "denoise": always.plus(costs.denoising(modes, kept, job, batch, rough)),
             "decode": always.plus(decode),
             "loading": always,
         }
         locked = costs.locked(modes, kept, job, strip)
-        return Plan(modes, batch, strip, stages, kept, self._blocks(modes), locked)
+        return Plan(modes, batch, strip, stages, kept, self._blocks(modes), locked, init_strip)
 
     def _blocks(self, modes: dict[str, Mode]) -> int:
         """How many blocks come and go where none is kept."""

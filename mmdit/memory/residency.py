@@ -34,6 +34,7 @@ class Role(StrEnum):
     """What a network does for a picture; the value is the stage in which it does that."""
 
     ENCODES_TEXT = "encode"
+    ENCODES_PICTURE = "init"
     DENOISES = "denoise"
     DECODES = "decode"
 
@@ -59,8 +60,9 @@ def role_of(name: str) -> Role:
 
 
 def of_role(role: Role, names: Iterable[str]) -> list[str]:
-    """Those of these networks that have the role."""
-    return [name for name in names if role_of(name) is role]
+    """Those of these networks that have the role; the one that decodes pictures encodes them too."""
+    own = Role.DECODES if role is Role.ENCODES_PICTURE else role
+    return [name for name in names if role_of(name) is own]
 
 
 class Network:

@@ -1,0 +1,50 @@
+"""What a picture starts from: noise, or a picture under noise, some of which is kept."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmdit.driver.pictures import Beginning, beginning
+from mmdit.driver.settings import Settings
+from mmdit.driver.stages import Stages
+from mmdit.images.masks import cells, values
+from samplers import Step, keeping, noised, spherical
+
+
+class Start(NamedTuple):
+    """A picture to begin with, on the device."""
+
+    beginning: Beginning
+    latents: Tensor  # (1, C, h, w), float32
+    mask: Tensor | None  # (1, 1, h, w), float32: how free each cell is, 0 to 1
+
+
+def started(stages: Stages, s: Settings) -> Start:
+    """Read and encode the init of a settled Settings."""
+    given = beginning(s)
+    latents = stages.encode_picture(torch.from_numpy(np.array(given.picture))[None])
+    if given.mask is None:
+        return Start(given, latents, None)
+    mask = torch.from_numpy(cells(values(given.mask), stages.vae.config.downscale))
+    return Start(given, latents, mask[None, None].to(latents.device))
+
+
+def noise_of(stages: Stages, s: Settings) -> Tensor:
+    """The noise of one picture, `(1, C, h, w)`, float32, where it is denoised: of its seed, or between two seeds."""
+    assert s.width and s.height
+    noise = stages.noise(s.width, s.height, [s.seed], s.rng)
+    if s.variation_seed is not None and s.variation_strength is not None:
+        other = stages.noise(s.width, s.height, [s.variation_seed], s.rng)
+        noise = spherical(noise, other, s.variation_strength)
+    return noise.to(stages.device)
+
+
+def way_of(start: Start | None, noise: Tensor, sigmas: Tensor) -> tuple[Tensor, Callable[[Step], Tensor] | None]:
+    """The latents at the first noise level, and what is to be done to those after each step, if anything."""
+    if start is None:
+        return noise, None
+    keep = None if start.mask is None else keeping(start.latents, noise, start.mask, sigmas)
+    return noised(start.latents, noise, sigmas[0]), keep
