@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mmdit.altered import Change, altered
+from mmdit.control.adding import Added, adding
 from mmdit.model import MMDiT, Modulation, Modulations
 
 
@@ -107,8 +108,10 @@ class Prepared:
             self._known[sigma] = [tuple(tuple(t[rows] for t in part) for part in parts) for parts in told]
 
 
-def predict(latents: Tensor, rows: Sequence[Row]) -> Tensor:
+def predict(latents: Tensor, rows: Sequence[Row], added: Sequence[Added] = (), more: Sequence[Tensor] = ()) -> Any:
     """The velocity of latents `(R, C, h, w)`, in their dtype, each by its own row; all contexts of one length.
+
+    added: behind the blocks, by ControlNets. more: what a ControlNet itself is called with beside; then what it adds.
 
     Rows that share noise level and preparation should lie side by side: they are looked up at once.
     """
@@ -119,8 +122,9 @@ def predict(latents: Tensor, rows: Sequence[Row]) -> Tensor:
     for i, row in enumerate(rows):
         if row.change is not None:
             changes.setdefault(row.change, []).append(i)
-    with answering(first, latents, known), altered(first.model, changes):
-        return first.model(latents, known.sigma, known.context, known.pooled)
+    # What is added comes last: a block that rows skip has it added all the same, as in diffusers.
+    with answering(first, latents, known), altered(first.model, changes), adding(first.model, added):
+        return first.model(latents, known.sigma, known.context, known.pooled, *more)
 
 
 def together(groups: Sequence[Known]) -> Known:

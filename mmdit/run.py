@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from mmdit.common.command import Parser, exit_code, give, program, say
 from mmdit.common.errors import SettingsError
 from mmdit.common.files import sweep
-from mmdit.common.options import Mark, kind, rooms
+from mmdit.common.options import Mark, kind, of_each, rooms
 from mmdit.driver.likeness import filled
 from mmdit.driver.output import Saver, check_writable, is_file, picture_path, save_dump
 from mmdit.driver.pictures import check_pictures
@@ -44,7 +44,7 @@ def make_parser(options: type = Settings) -> Parser:
             shown = "" if f.default in (None, "", ()) or name == "prompt" else " (default: %(default)s)"
             shown = shown if told["usual"] is None else " (default: the model's own)"
             more |= {key: told[key] for key in ("metavar", "choices") if told[key]}
-            group.add_argument(name, type=str if of is tuple else of, help=told["help"] + shown, **more)
+            group.add_argument(name, type=of_each(options, f.name), help=told["help"] + shown, **more)
     return parser
 
 
@@ -73,6 +73,7 @@ def run(settings: Settings) -> None:
     """Load, draw what is asked for, save each picture while the next are drawn, and report."""
     start = time.perf_counter()
     if settings.prompts is None:
+        settings.check_pictures()
         check_writable(settings)
         check_pictures(settings)
         lines = None

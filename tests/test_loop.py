@@ -165,7 +165,7 @@ def test_each_is_drawn_by_its_own_settings(pipeline: Pipeline) -> None:
     pictures = [pipeline.check(replace(pipeline.settings, prompt="a horse", **row)) for row in rows]
     asked: list[str] = []
     predict = pipeline.predict
-    pipeline.predict = lambda x, r, attention: asked.append(attention) or predict(x, r, attention)  # type: ignore
+    pipeline.predict = lambda x, r, by, *more: asked.append(by) or predict(x, r, by, *more)  # type: ignore
     ends: dict[int, torch.Tensor] = {}
 
     class Ends(Watcher):

@@ -41,6 +41,14 @@ Pictures to begin with:
 --upscale-strength 0.4 X
 --variation-seed None V
 --variation-strength None X
+ControlNets; what is said of several is repeated, in one order:
+--control [] FILE|FOLDER
+--control-image [] IMAGE
+--control-scale [] X
+--control-interval [] LOW:HIGH
+--control-mask None MASK
+--control-type [] TYPE
+--control-map 'auto' auto,diffusers,stability
 How it is denoised:
 --sampler 'euler' euler,heun,dpmpp_2m,dpmpp_2m_sde,dpmpp_3m_sde,euler_ancestral,unipc,deis,lms,res_multistep
 --schedule 'normal' normal,sgm_uniform,simple,beta,karras,exponential,linear,discrete
@@ -215,6 +223,8 @@ OTHER = {
     "prompt_clip_l": "k", "prompt_clip_g": "j", "prompt_t5": "i", "negative_clip_l": "h", "negative_clip_g": "f",
     "negative_t5": "e", "emphasis": True, "long_prompts": True, "embedding": ("q.safetensors",), "clip_chunks": 2,
     "t5_tokens": 300,
+    "control": ("net",), "control_image": ("edges.png",), "control_scale": (0.5,), "control_interval": ("0:0.8",),
+    "control_mask": "mask.png", "control_type": ("canny",), "control_map": "stability", "control_pictures": "x",
     "init": "i", "strength": 0.5, "fit": "pad", "mask": "j", "mask_blur": 4.0, "mask_crop": 8, "mask_edges": "latent",
     "outpaint": "0,0,64,0", "upscale": 2.0, "upscale_strength": 0.3, "variation_seed": 5, "variation_strength": 0.1,
     "images": "h", "size": "30x31",
@@ -226,10 +236,13 @@ OTHER = {
 UNSEEN = {"count", "device", "memory", "out", "prompts", "dump"}
 QUOTED = {name: f'{name}: "{text}"' for name, text in {
     "lora": "a:0.5", "cfg_interval": "0.2:0.9", "apg": "0:15:-0.5", "also": "a pig:0.5", "slg_interval": "0:0.3",
-    "outpaint": "0,0,64,0",
-    "sigmas": "1.0,0.5",
-}.items()}  # fmt: skip
-IN_WEIGHTS = {"model", "clip_l", "clip_g", "t5xxl", "vae", "tokenizers", "variant", "init", "mask"}  # by what they hold
+    "outpaint": "0,0,64,0", "sigmas": "1.0,0.5", "control_interval": "0:0.8",
+}.items()} | {
+    "control": "control: net", "control_image": "control_image: edges.png", "control_scale": "control_scale: 0.5",
+    "control_type": "control_type: canny",
+}  # fmt: skip
+# By what they hold.
+IN_WEIGHTS = {"model", "clip_l", "clip_g", "t5xxl", "vae", "tokenizers", "variant", "init", "mask", "control_mask"}
 
 
 @pytest.mark.parametrize("name", OTHER)
@@ -259,12 +272,12 @@ def test_parameters_has_every_setting(name: str) -> None:
 def test_marks() -> None:
     assert {*LOADED} == {
         "model", "clip_l", "clip_g", "t5xxl", "vae", "tokenizers", "lora", "t5", "dtype", "quantise", "device",
-        "compile", "variant", "embedding",
+        "compile", "variant", "embedding", "control",
     }  # fmt: skip
     assert marked(Settings, Mark.OF_THE_RUN) == ("memory", "prompts", "dump")
     own = {f"{role}{encoder}" for role in ("prompt", "negative") for encoder in ("", "_clip_l", "_clip_g", "_t5")}
-    own |= {"emphasis", "long_prompts", "seed", "count", "out", "variation_seed", "variation_strength"}
-    assert {*marked(Settings, Mark.OWN)} == own
+    own |= {"control_image", "control_mask", "control_pictures", "variation_seed", "variation_strength"}
+    assert {*marked(Settings, Mark.OWN)} == {*own, "emphasis", "long_prompts", "seed", "count", "out"}
     assert marked(PictureOptions, Mark.LOADED) == ()
 
 

@@ -128,7 +128,7 @@ def _open_folder_component(path: Path, name: str) -> Component:
     folder, stem = path / PLACES[name][0], PLACES[name][1]
     header = folder_header(folder, stem)
     config = folder / "config.json"
-    return _component(
+    return component_of(
         Network(name, "diffusers", ""), name, folder, header.tensors, header.metadata,
         read_json(config, CheckpointError) if config.exists() else None,
     )  # fmt: skip
@@ -195,7 +195,7 @@ def _open_single_file(path: Path) -> Checkpoint:
     return Checkpoint(
         path=path,
         components=tuple(name for name in COMPONENTS if name in found),
-        _open=lambda name: _component(found[name], name, path, groups[name], header.metadata, None),
+        _open=lambda name: component_of(found[name], name, path, groups[name], header.metadata, None),
     )
 
 
@@ -209,7 +209,7 @@ def open_part(path: Path, name: str) -> Component:
     if key not in found:
         raise CheckpointError(f"{path}: {described(found, header.tensors)}; expected {WHAT[name]}")
     tensors = split(header.tensors, found)[0][key]
-    return _component(found[key], name, path, tensors, header.metadata, None)
+    return component_of(found[key], name, path, tensors, header.metadata, None)
 
 
 def _open_file(path: Path) -> tuple[Header, dict[str, Network]]:
@@ -222,7 +222,7 @@ def _open_file(path: Path) -> tuple[Header, dict[str, Network]]:
 # ---- both ----------------------------------------------------------------------------------------
 
 
-def _component(
+def component_of(
     network: Network,
     name: str,
     path: Path,
@@ -230,6 +230,7 @@ def _component(
     metadata: Mapping[str, Any],
     config: dict[str, Any] | None,
 ) -> Component:
+    """A network of the tensors of a file or a folder, by their names behind the prefix."""
     tensors = {key: info for key, info in tensors.items() if not is_ignored(key)}
     weights = with_scales(tensors, declared_layers(path, metadata, network.prefix))
     entries = native_entries(name, network.layout, weights)

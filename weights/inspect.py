@@ -29,7 +29,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from mmdit.common.errors import one_line
 from mmdit.common.jsons import read_json
@@ -37,6 +37,7 @@ from weights.adapters.describe import describe, is_adapter
 from weights.adapters.groups import find_adapter
 from weights.checkpoint import PLACES, Checkpoint, folder_header, open_checkpoint, open_part, weights_file
 from weights.component import Component
+from weights.control import open_control, told_control
 from weights.errors import CheckpointError
 from weights.files import is_gguf
 from weights.gguf import GGUFFile
@@ -46,6 +47,7 @@ from weights.layouts import is_ignored
 from weights.quantised import FP8
 
 SCHEMA = 1
+T = TypeVar("T")
 
 # Width, blocks, query-key norm, blocks of dual attention, tensors under native names: published transformers.
 MODELS = {
@@ -117,6 +119,8 @@ def _file(path: Path) -> dict[str, Any]:
         return {**told, **_OTHER, "what": what, "load": load}
     groups = split(tensors, found)[0]
     parts = [_part(network, groups[name], metadata) for name, network in found.items()]
+    if "control" in found:
+        return {**told, **_control(path, parts)}
     if "transformer" in found:
         return {**told, **_single(path, parts)}
     return {**told, **_alone(path, found, parts)}
@@ -154,6 +158,19 @@ def _single(path: Path, parts: list[dict[str, Any]]) -> dict[str, Any]:
     """A file with a transformer."""
     checkpoint, notes = _warned(lambda: open_checkpoint(path))
     return {**_checkpoint(path, checkpoint, parts, notes), "what": "a single file"}
+
+
+def _control(path: Path, parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """A ControlNet, a file or a folder of its own."""
+    opened, reason = _tried(lambda: open_control(path))
+    model, what = None, WHAT["control"]
+    if opened is not None:
+        model, more, reason = told_control(opened)
+        what = f"a ControlNet ({more}) for {model or 'another model than the published ones'}"
+    mask = ["--control-mask MASK"] if "with a mask" in what else []
+    needs = ["--control-image IMAGE", *mask]
+    load = _load(["--control", str(path)], needs, reason)
+    return {**_OTHER, "kind": "component", "what": what, "model": model, "components": parts, "load": load}
 
 
 def _alone(path: Path, found: Mapping[str, Network], parts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -200,7 +217,10 @@ def _folder(path: Path) -> dict[str, Any]:
         if file is not None and file.endswith(".json"):
             return _shards(path, stem)
         if file is not None:
-            return _file(path / file)
+            found = _file(path / file)
+            if found["components"] and found["components"][0]["name"] == "control":  # beside it lies its config.json
+                found |= _control(path, found["components"])
+            return found
     file = find_adapter(path)[0]
     found = _file(file)
     return {**found, **_adapter(path, list(_stored(file)[0]))} if found["kind"] == "adapter" else found
@@ -235,6 +255,10 @@ def _shards(path: Path, stem: str) -> dict[str, Any]:
     header = folder_header(path, stem)
     tensors, found = _plain(header.tensors), networks(header.tensors)
     groups = split(tensors, found)[0]
+    if "control" in found:
+        parts = [_part(found["control"], groups["control"], header.metadata)]
+        told = {"format": "diffusers folder", "metadata": _bounded(header.metadata), **_sizes(tensors, header.metadata)}
+        return {**told, **_control(path, parts)}
     return {
         "kind": "component",
         "what": f"{described(found, header.tensors)}, one folder of a diffusers folder",
@@ -334,7 +358,7 @@ def _bounded(metadata: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _tried(attempt: Callable[[], Component]) -> tuple[Component | None, str | None]:
+def _tried(attempt: Callable[[], T]) -> tuple[T | None, str | None]:
     """What the loader gives, or why it refuses."""
     try:
         return attempt(), None

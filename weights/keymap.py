@@ -94,6 +94,20 @@ TRANSFORMER = Table(
     native_counts=("joint_blocks.", ""),
 )
 
+# A ControlNet is a transformer's beginning: of its rows those that it has, the last block being one as the others.
+# Stability AI's for SD3.5-Large mix diffusers' names with their own; as later rows win, the way back has diffusers'.
+CONTROL = Table(
+    rows=(
+        Row(_T + "adaLN_modulation.1", _J + "x_block.adaLN_modulation.1"),
+        *(Row(_T + name, _J + "x_block." + name) for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")),
+        *(row for row in TRANSFORMER.rows if "{last}" not in row.native and "final_layer" not in row.native),
+        Row("pos_embed_input.proj", "pos_embed_input.proj"),
+        Row("controlnet_blocks.{i}", "controlnet_blocks.{i}"),
+    ),
+    diffusers_counts=("controlnet_blocks.", ""),
+    native_counts=("controlnet_blocks.", ""),
+)
+
 _RESNET = {
     "norm1": "norm1",
     "conv1": "conv1",
@@ -145,8 +159,8 @@ VAE = Table(
     native_counts=("decoder.up.", "decoder.up.0.block."),
 )
 
-# Of the two networks whose names differ between diffusers and Stability.
-TABLES: dict[str, Table] = {"transformer": TRANSFORMER, "vae": VAE}
+# Of the networks whose names differ between diffusers and Stability.
+TABLES: dict[str, Table] = {"transformer": TRANSFORMER, "vae": VAE, "control": CONTROL}
 
 
 def module_map(table: Table, blocks: int, layers: int = 1) -> dict[str, Entry]:

@@ -22,14 +22,15 @@ WHAT = {
     "clip_g": "a CLIP-G text encoder",
     "clip_h": "a CLIP-H text encoder (of Stable Diffusion 2)",
     "t5": "a T5 text encoder",
+    "control": "a ControlNet for Stable Diffusion 3",
 }
 
 
 class Network(NamedTuple):
     """A network inside a file.
 
-    name: one of COMPONENTS, "clip_h", or "clip" where the file does not tell which CLIP; layout: whose names its
-    tensors have (see `layouts`); prefix: what stands before these names.
+    name: one of COMPONENTS, "control", "clip_h", or "clip" where the file does not tell which CLIP; layout: whose names
+    its tensors have (see `layouts`); prefix: what stands before these names.
     """
 
     name: str
@@ -45,9 +46,12 @@ class _Mark(NamedTuple):
     layout: str
 
 
+_CONTROL = "pos_embed_input.proj.weight"  # Stable Diffusion 3's alone has it
+
 _MARKS = (
     _Mark("joint_blocks.0.context_block.attn.qkv.weight", "transformer", "native"),
     _Mark("transformer_blocks.0.attn.add_q_proj.weight", "transformer", "diffusers"),
+    _Mark(_CONTROL, "control", "diffusers"),
     _Mark("decoder.mid.block_1.conv1.weight", "vae", "native"),
     _Mark("decoder.mid_block.resnets.0.conv1.weight", "vae", "diffusers"),
     _Mark("text_model.encoder.layers.0.self_attn.q_proj.weight", "clip", "transformers"),
@@ -66,7 +70,7 @@ _CLIP_DEPTHS = {12: "clip_l", 24: "clip_h", 32: "clip_g"}
 
 _OTHER_MODEL = "this engine runs Stable Diffusion 3 and 3.5 only"
 _ADAPTER = "an adapter (LoRA), not a checkpoint; give the model it was trained on, and this with --lora"
-_CONTROLNET = "a ControlNet, not a checkpoint; give the model it belongs to"
+_CONTROLNET = f"a ControlNet, not a checkpoint; {_OTHER_MODEL}"
 _UNET = f"an SD1, SD2 or SDXL model; {_OTHER_MODEL}"
 _SDXL = f"an SDXL model; {_OTHER_MODEL}"
 _T5 = "Stable Diffusion 3 reads T5 1.1 XXL"
@@ -105,6 +109,9 @@ def networks(keys: Collection[str]) -> dict[str, Network]:
             name = _which_clip(prefix, keys) if mark.name == "clip" else mark.name
             if name not in found or len(prefix) < len(found[name].prefix):
                 found[name] = Network(name, mark.layout, prefix)
+    control, transformer = found.get("control"), found.get("transformer")
+    if control and transformer and control.prefix == transformer.prefix:  # its blocks are a transformer's
+        found["control"] = control._replace(layout=found.pop("transformer").layout)
     return found
 
 
@@ -117,7 +124,9 @@ def refuse_strangers(path: object, keys: Collection[str]) -> None:
 
 def stranger(keys: Collection[str]) -> str | None:
     """What a file is that is known not to be for this engine, a semicolon, and what would be right; else None."""
-    return next((text for mark, text in _STRANGERS if any(mark in key for key in keys)), None)
+    own = any(key.endswith(_CONTROL) for key in keys)
+    told = (text for mark, text in _STRANGERS if any(mark in key for key in keys))
+    return next((text for text in told if not (own and text is _CONTROLNET)), None)
 
 
 def described(names: Iterable[str], keys: Collection[str]) -> str:

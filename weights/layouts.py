@@ -22,7 +22,7 @@ _MID_CONV = re.compile(r"(encoder|decoder)\.mid\.attn_1\.(q|k|v|proj_out)\.weigh
 # What trainers and other tools leave in files and no SD3 network reads (see ComfyUI's and
 # stable-diffusion.cpp's loaders, which skip the same names).
 _IGNORED_STARTS = ("model_ema.", "denoiser.sigmas", "loss.")
-_IGNORED_ENDS = ("logit_scale", "scaled_fp8", "embeddings.position_ids", "spiece_model")
+_IGNORED_ENDS = ("logit_scale", "scaled_fp8", "embeddings.position_ids", "spiece_model", "control_type")
 
 # The halves of a whole CLIP and a whole T5 that encode no prompt.
 _OTHER_HALF = {

@@ -142,6 +142,39 @@ def transformer_config(shapes: Shapes) -> dict[str, Any]:
     return config
 
 
+def control_config(shapes: Shapes, pooled_zeros: bool | None = None) -> dict[str, Any]:
+    """config.json of a ControlNet's folder; without a text, SD3.5-Large's.
+
+    pooled_zeros: whether zeros stand in the place of the pooled text; where nothing is said, where there is a text.
+    """
+    width, channels, patch, _ = shapes["pos_embed_input.proj.weight"]
+    text, depth = shapes.get("context_embedder.weight"), _count(shapes, "controlnet_blocks.")
+    own = shapes["x_embedder.proj.weight"][1] if text else channels
+    qk_norm = shapes.get("joint_blocks.0.x_block.attn.ln_q.weight")
+    head = qk_norm[0] if qk_norm else 64
+    return {
+        "_class_name": "SD3ControlNetModel",
+        **_VERSION,
+        "attention_head_dim": head,
+        "caption_projection_dim": width,
+        "dual_attention_layers": [i for i in range(depth) if f"joint_blocks.{i}.x_block.attn2.qkv.weight" in shapes],
+        "extra_conditioning_channels": channels - own,
+        "force_zeros_for_pooled_projection": text is not None if pooled_zeros is None else pooled_zeros,
+        "in_channels": own,
+        "joint_attention_dim": text[1] if text else None,
+        "num_attention_heads": width // head,
+        "num_layers": depth,
+        "out_channels": own,
+        "patch_size": patch,
+        "pooled_projection_dim": shapes["y_embedder.mlp.0.weight"][1],
+        "pos_embed_max_size": math.isqrt(shapes["pos_embed"][1]) if text else None,
+        "pos_embed_type": "sincos" if text else None,
+        "qk_norm": "rms_norm" if qk_norm else None,
+        "sample_size": 128,
+        "use_pos_embed": text is not None,
+    }
+
+
 def vae_config(
     shapes: Shapes, norm_num_groups: int = 32, scaling_factor: float = 1.5305, shift_factor: float = 0.0609
 ) -> dict[str, Any]:

@@ -70,10 +70,15 @@ def rooms(options: type) -> dict[str, list[Field]]:
 
 
 def kind(options: type, name: str) -> type:
-    """bool, int, float, str or tuple (of texts): what a field holds that is not None."""
+    """bool, int, float, str or tuple: what a field holds that is not None."""
     hint = _hints(options)[name]
     plain = next(t for t in (*get_args(hint), hint) if t is not NoneType) if get_origin(hint) is not tuple else hint
     return get_origin(plain) or plain
+
+
+def of_each(options: type, name: str) -> type:
+    """bool, int, float or str: what a field holds, or each of several values in it."""
+    return get_args(_hints(options)[name])[0] if kind(options, name) is tuple else kind(options, name)
 
 
 @cache
@@ -95,7 +100,7 @@ def check_options(settings: Any) -> None:
             if value not in told["choices"]:
                 raise wrong(f.name, value, f"one of {', '.join(told['choices'])}")
             continue
-        of = kind(type(settings), f.name)
+        of = of_each(type(settings), f.name)
         for one in value if isinstance(value, tuple) else (value,):
             _TYPES[of](f.name, one)
             if told["check"]:
@@ -165,5 +170,5 @@ def _check_number(name: str, value: Any) -> None:
 
 
 _TYPES: dict[type, Check] = {
-    str: _check_text, tuple: _check_text, bool: _check_bool, int: _check_whole, float: _check_number,
+    str: _check_text, bool: _check_bool, int: _check_whole, float: _check_number,
 }  # fmt: skip

@@ -7,6 +7,7 @@ from torch import nn
 
 from mmdit import variants
 from mmdit.config import MMDiTConfig
+from mmdit.control.network import ControlConfig, ControlNet
 from mmdit.memory.empty import on_meta
 from mmdit.model import MMDiT
 from mmdit.variants import Variant
@@ -21,11 +22,13 @@ MODULES: dict[str, tuple[type[nn.Module], Any]] = {
     "transformer": (MMDiT, MMDiTConfig),
     "vae": (Autoencoder, VAEConfig),
 }
+BESIDE: dict[str, tuple[type[nn.Module], Any]] = {"control": (ControlNet, ControlConfig)}  # none belongs to a model
 _PUBLISHED: dict[str, Callable[..., dict[str, Any]]] = {
     "clip_l": published.clip_config,
     "clip_g": published.clip_config,
     "t5": published.t5_config,
     "vae": published.vae_config,
+    "control": published.control_config,
 }
 
 
@@ -36,7 +39,10 @@ def build(component: Component, variant: Variant | None = None) -> Any:
     """
     module: Callable[[Any], nn.Module]
     config: Any
-    module, config = MODULES[component.name]
+    module, config = (MODULES | BESIDE)[component.name]
+    if component.name == "control" and (unknown := config.unknown(component.config or {})):
+        known = "which no ControlNet of SD3 has"
+        raise CheckpointError(f"{component.path}: control: config.json has {', '.join(unknown)}, {known}")
     if component.name == "transformer":
         made = variant_of(component, variant)
         module, config = made.build, made.config
@@ -48,7 +54,8 @@ def build(component: Component, variant: Variant | None = None) -> Any:
             )
     try:
         if component.config:
-            usual = config().to_json() if module is not MODULES[component.name][0] else None
+            plain = module is (MODULES | BESIDE)[component.name][0]
+            usual = None if plain else config().to_json()
             check_types(component.config, usual or _PUBLISHED[component.name](component.shapes), component.name)
         values = config.from_json(component.config) if component.config else config.from_shapes(component.shapes)
         if component.name == "clip_g" and values.projection_dim is None:  # its pooled vector would be another one
@@ -85,7 +92,11 @@ def check_types(config: Mapping[str, Any], usual: Mapping[str, Any], name: str) 
     """Raise ValueError where a value of the component's config.json is not of the type that published ones have."""
     for key, value in config.items():
         # diffusers writes null for its defaults, transformers does not.
-        if key in usual and usual[key] is not None and (value is not None or name not in ("transformer", "vae")):
+        if (
+            key in usual
+            and usual[key] is not None
+            and (value is not None or name not in ("transformer", "vae", "control"))
+        ):
             like = usual[key] if isinstance(usual[key], list) else [usual[key]]
             found = value if isinstance(value, list) and isinstance(usual[key], list) else [value]
             if not all(alike(one, like[0]) for one in found):

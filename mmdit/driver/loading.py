@@ -12,6 +12,7 @@ from mmdit import variants
 from mmdit.attention import missing
 from mmdit.common.errors import SettingsError
 from mmdit.driver.building import MODULES, build, variant_of
+from mmdit.driver.controls import check_pictures, open_controls
 from mmdit.driver.defaults import default_settings
 from mmdit.driver.pictures import enlarged, settled
 from mmdit.driver.reading import fitted
@@ -47,6 +48,7 @@ class Parts(NamedTuple):
     dtype: torch.dtype  # of transformer, CLIPs and autoencoder
     fingerprint: str  # a hash of the model's files
     weights: str  # the same with the adapters that the settings name
+    controls: dict[str, str | None]  # the networks that are ControlNets, and the type that their files say
 
     def check(self, settings: Settings) -> Settings:
         """The settings with the model's defaults, dtype and files; SettingsError for what this model cannot do."""
@@ -56,12 +58,14 @@ class Parts(NamedTuple):
         settings = settled(settings, self.defaults, config.patch_size * cell).resolved(self.defaults)
         settings = replace(settings, dtype=self.dtype_name, weights=self.weights)
         check_there(settings, self.device, self.dtype)
-        check_size(settings, config, cell)
-        if settings.upscale is not None:
-            check_size(enlarged(settings, config.patch_size * cell), config, cell)
+        nets = {name: modules[name] for name in self.controls}
+        largest = settings if settings.upscale is None else enlarged(settings, config.patch_size * cell)
+        for part in (config, *(net.config for net in nets.values())):
+            check_size(settings, part, cell)
+            check_size(largest, part, cell)
         settings = with_shift(settings, self.shift, self.defaults)
         sigmas_of(settings, self.shift)  # there may be no so many noise levels
-        return fitted(with_layers(settings, config.depth), self.text)
+        return check_pictures(fitted(with_layers(settings, config.depth), self.text), nets)
 
     @property
     def dtype_name(self) -> str:
@@ -98,13 +102,16 @@ def load_parts(settings: Settings) -> Parts:
     modules |= {name: build(components[name]) for name in wanted if name != "transformer"}
     check_together(components, modules)
     check_size(settings, modules["transformer"].config, modules["vae"].config.downscale)
+    controls = open_controls(settings, modules["transformer"].config)
+    components |= {name: opened.component for name, opened in controls.items()}
+    modules |= {name: opened.module for name, opened in controls.items()}
     networks = {}
-    for name in wanted:
+    for name in (*wanted, *controls):
         source = Source(modules[name], components[name], part_dtype(name, dtype))
         if name == "transformer" and settings.quantise != "none":
             source = QuantisedSource(source, quantised(modules[name], settings.quantise))
         networks[name] = Network(name, modules[name], source, device)
-    adapters = Adapters({name: network for name, network in networks.items() if name != "vae"})
+    adapters = Adapters({name: network for name, network in networks.items() if name in wanted and name != "vae"})
     planned = [adapters.plan(split_lora(lora)[0]).report.path for lora in settings.lora]
     embeddings = embeddings_of(settings)
     text = text_by(made, modules, tokenizers, settings.t5)
@@ -113,7 +120,8 @@ def load_parts(settings: Settings) -> Parts:
     fingerprint = of_model(components, configs, shift, folders.values(), [made.file] if made.file else [])
     fingerprint = with_embeddings(fingerprint, embeddings)
     weights = with_adapters(fingerprint, [of_adapter(path) for path in planned])
-    return Parts(networks, text, adapters, defaults, shift, device, dtype, fingerprint, weights)
+    types = {name: opened.type for name, opened in controls.items()}
+    return Parts(networks, text, adapters, defaults, shift, device, dtype, fingerprint, weights, types)
 
 
 def shift_of(checkpoint: Checkpoint) -> float:

@@ -1,9 +1,9 @@
 """The one loop: any number of pictures, step by step; each leaves it as soon as it is done."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any, cast
 
@@ -14,6 +14,9 @@ from torch import Tensor
 from mmdit.altered import Change
 from mmdit.common.errors import SettingsError
 from mmdit.common.options import Mark, marked
+from mmdit.control.options import ControlOptions
+from mmdit.control.rows import Control
+from mmdit.driver.controlling import Controlling, controlling
 from mmdit.driver.likeness import RULES
 from mmdit.driver.pictures import enlarged
 from mmdit.driver.sampling import changed, guidance_of, sigmas_of, solver_of
@@ -26,7 +29,7 @@ from mmdit.images.options import steps_of
 from mmdit.memory.plan import Job, Plan
 from mmdit.memory.residency import Mode, Role, of_role
 from mmdit.prepared import Prepared, Row
-from samplers import Ask, Evaluation, Guidance, Source, Step, drawing
+from samplers import Ask, Evaluation, Guidance, Moment, Source, Step, drawing
 
 _TOKENS = {"cuda": 2**16}  # denoised at a time: more are no faster, and make the first picture late
 _TOKENS_ELSEWHERE = 2**13
@@ -39,6 +42,11 @@ OWN = marked(Settings, Mark.OWN)
 def kind(s: Settings) -> Settings:
     """What pictures have in common that may be drawn together; hashable."""
     return replace(s, **{name: getattr(Settings, name) for name in OWN})
+
+
+def pictures_of(s: Settings) -> object:
+    """What tells how a picture is controlled; hashable."""
+    return tuple(getattr(s, f.name) for f in fields(ControlOptions)), s.width, s.height
 
 
 class Picture:
@@ -62,6 +70,8 @@ class Picture:
         """
         self.index, self.settings, self.start, self.sigmas = index, settings, start, sigmas
         self.prepared: Prepared | None = None
+        self.controls: list[Controlling] = []
+        self.nets: dict[str, Prepared] = {}  # its texts, by the ControlNets
         self.texts: dict[str, int] = {}  # its rows in `prepared`
         self.stopped = False
         self._tell, self._guidance, self._source = tell, guidance, source
@@ -93,6 +103,11 @@ class Picture:
         assert self.asked is not None
         return [level for level in self._solver.levels(self.sigmas).tolist() if level <= float(self.asked.at.sigma)]
 
+    def controlled(self, at: Moment) -> list[Control]:
+        """What controls it at this moment."""
+        now = [c for c in self.controls if c.controls(at.step, at.steps)]
+        return [Control(self.nets[c.net], c.latent, c.scale, c.way) for c in now]
+
     def _step(self, step: Step) -> Tensor:
         step = step if self._keep is None else step._replace(x=self._keep(step))
         self._tell(self, Stepped(settings=self.settings, index=self.index, step=step))
@@ -112,7 +127,7 @@ class Canvas:
     def leave(self, most: int = 0) -> list[Picture]:
         """Forget what was prepared, and let go all pictures but the first so many; they may come back."""
         for picture in self.on_way:
-            picture.prepared = None
+            picture.prepared, picture.nets = None, {}
         gone, self.on_way = self.on_way[most:], self.on_way[:most]
         return gone
 
@@ -121,9 +136,11 @@ class Canvas:
         """Answer every picture's question, all by one evaluation of the network, or as few as there is room for."""
         self._prepare([picture for picture in self.on_way if picture.prepared is None])
         asked: list[tuple[Row, Picture, Ask, Tensor]] = []
+        controlled: dict[int, list[Control]] = {}
         for picture in self.on_way:
             assert picture.asked is not None and picture.prepared is not None
             at, asks = picture.asked
+            controlled[id(picture)] = picture.controlled(at)
             for ask in asks:
                 change = cast(Change | None, ask.change)
                 row = Row(picture.prepared, float(at.sigma), picture.texts[ask.text], change)
@@ -134,7 +151,8 @@ class Canvas:
         most = self.rows or max(1, len(asked))
         for some in (asked[first : first + most] for first in range(0, len(asked), most)):
             latents = torch.cat([x for *_, x in some])  # (R, C, h, w)
-            velocities = self._stages.predict(latents, [row for row, *_ in some], attention).split(1)
+            controls = [controlled[id(picture)] for _, picture, *_ in some]
+            velocities = self._stages.predict(latents, [row for row, *_ in some], attention, controls).split(1)
             found |= {(id(picture), ask): one for (_, picture, ask, _), one in zip(some, velocities)}
         try:
             for picture in self.on_way:
@@ -154,9 +172,11 @@ class Canvas:
             own = texts_of(picture.settings)
             picture.texts = {name: texts.setdefault(text, len(texts)) for name, text in own.items()}
         levels = dict.fromkeys(level for picture in pictures for level in picture.levels())
-        prepared = self._stages.prepare([self._texts[text] for text in texts], levels)
+        encoded = [self._texts[text] for text in texts]
+        nets = dict.fromkeys(control.net for picture in pictures for control in picture.controls)
+        by = {name: self._stages.prepare(encoded, levels, name) for name in ("transformer", *nets)}
         for picture in pictures:
-            picture.prepared = prepared
+            picture.prepared, picture.nets = by["transformer"], by
 
 
 class Drawing:
@@ -176,6 +196,7 @@ class Drawing:
         self._stages, self.pictures = stages, pictures
         self._seconds = {} if seconds is None else seconds
         self.settings: dict[int, Settings] = {}  # of the pictures begun: what each was drawn by
+        self._controls: dict[object, list[Controlling]] = {}
         self._watchers, self._ended = [Finite(stages), *watchers], False
         self._patch = stages.transformer.config.patch_size * stages.vae.config.downscale  # pixels
         for s in {kind(s): s for s in pictures}.values():
@@ -229,6 +250,7 @@ class Drawing:
                 self._stages.follow(plan, job)
                 if first.init is not None and start is None:
                     start = self._stages.stage("init", job, self._seconds, partial(started, self._stages, first))
+                self._encode_controls(alike.values(), job)
                 begin = partial(self._begin, alike, start, texts)
                 work = partial(self._denoise, canvas, queue, begin, job.texts + job.changed)
                 self._stages.stage("denoise", job, self._seconds, work)
@@ -270,12 +292,20 @@ class Drawing:
         latents, keep = way_of(start, noise, sigmas, stages.dtype if RULES[s.like].rounds_latents else None)
         guidance, source = partial(guidance_of, s, stages.shift), partial(stages.noise_source, s.seed, noise, s.rng)
         picture = Picture(index, s, latents, sigmas, self._tell, guidance, source, keep)
+        picture.controls = self._controls.get(pictures_of(s), [])
         own = {name: texts[text] for name, text in texts_of(s).items()}
         event = Encoded(settings=s, index=index, texts=own, noise=noise, sigmas=sigmas)
         if start is not None:
             event.init, event.mask = start.latents, start.mask
         self._tell(picture, event)
         return picture
+
+    def _encode_controls(self, pictures: Iterable[Settings], job: Job) -> None:
+        """Have the pictures encoded that control these, each once."""
+        for s in pictures:
+            if s.control and pictures_of(s) not in self._controls:
+                work = partial(controlling, self._stages, s)
+                self._controls[pictures_of(s)] = self._stages.stage("init", job, self._seconds, work)
 
     def _decode(self, picture: Picture, job: Job, start: Start | None) -> Image.Image:
         latents, s = picture.latents, picture.settings

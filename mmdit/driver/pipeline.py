@@ -57,9 +57,11 @@ class Pipeline(Stages):
             for network in parts.networks.values():
                 network.settle()
         if self.device.type == "cpu":
-            by_onednn(self.transformer)
+            for module in self.denoisers:
+                by_onednn(module)
         if settings.compile:
-            compile_model(self.transformer, self.device)
+            for module in self.denoisers:
+                compile_model(module, self.device)
         job = self.job(settings.resolved(self.defaults))
         with self.turn:
             self.follow(self.plan_for(job), job)
@@ -68,8 +70,8 @@ class Pipeline(Stages):
     def load(cls, model: str | Path | None = None, *, editable: bool = False, **keywords: Any) -> "Pipeline":
         """Load a diffusers folder, a single file or a model of the hub, or without an argument the demo model.
 
-        keywords: `clip_l`, `clip_g`, `t5xxl`, `vae`, `tokenizers`, `lora` and `embedding` (lists), `device`, `dtype`,
-        `t5`, `memory`, `quantise`, `compile`, as in Settings; without T5 its weights are not opened.
+        keywords: `clip_l`, `clip_g`, `t5xxl`, `vae`, `tokenizers`, `lora`, `embedding` and `control` (lists), `device`,
+        `dtype`, `t5`, `memory`, `quantise`, `compile`, as in Settings; without T5 its weights are not opened.
 
         editable: the weights lie in the modules as in any PyTorch program, all of them on the device: modules may be
         replaced, weights written to, parametrized or wrapped, and every picture drawn thereafter has it. Without it

@@ -3,7 +3,6 @@
 import difflib
 import math
 from dataclasses import dataclass, fields, replace
-from os import PathLike
 from typing import Any
 
 from mmdit.common.errors import SettingsError
@@ -11,6 +10,7 @@ from mmdit.common.options import Mark, check_options, marked, shown
 from mmdit.common.paths import split_scale as split_lora
 from mmdit.common.paths import user_path
 from mmdit.config import MMDiTConfig
+from mmdit.control.options import ControlOptions
 from mmdit.driver.likeness import filled
 from mmdit.driver.options import LikeOptions, ModelOptions, OutputOptions, PictureOptions
 from mmdit.images.given import as_text
@@ -34,6 +34,7 @@ class Settings(
     LikeOptions,
     GuidanceOptions,
     SamplerOptions,
+    ControlOptions,
     ImageOptions,
     PictureOptions,
 ):
@@ -42,10 +43,11 @@ class Settings(
     def __post_init__(self) -> None:
         for f in fields(self):
             if isinstance(f.default, tuple):  # one or several texts
-                given = getattr(self, f.name) or ()
-                given = (given,) if isinstance(given, str | PathLike) else given
+                given: Any = getattr(self, f.name) or ()
+                if not isinstance(given, tuple | list) and isinstance(as_text(given), str | int | float):
+                    given = (given,)
                 if isinstance(given, tuple | list):  # else it is refused by `check`
-                    given = tuple(str(one) if isinstance(one, PathLike) else one for one in given)
+                    given = tuple(as_text(one) for one in given)
                 object.__setattr__(self, f.name, given)
             elif Mark.PICTURE in f.metadata["marks"]:
                 object.__setattr__(self, f.name, as_text(getattr(self, f.name)))

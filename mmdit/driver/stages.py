@@ -17,6 +17,7 @@ from torch import Tensor
 from mmdit import inside
 from mmdit.attention import attention_by
 from mmdit.common.errors import SettingsError
+from mmdit.control.rows import Control, added
 from mmdit.driver import sampling
 from mmdit.driver.loading import Parts, part_dtype
 from mmdit.driver.reading import context_length, in_chunks, lengths_of
@@ -25,7 +26,7 @@ from mmdit.kernels.process import Switch
 from mmdit.memory.budget import DeviceMemoryError, budget_of, memory_errors
 from mmdit.memory.plan import Job, Plan
 from mmdit.memory.planner import Planner
-from mmdit.memory.residency import Residency
+from mmdit.memory.residency import Residency, Role, of_role
 from mmdit.model import MMDiT
 from mmdit.prepared import Prepared, Row, predict
 from samplers import (
@@ -67,6 +68,7 @@ class Stages:
         networks = parts.networks
         self.transformer: MMDiT = networks["transformer"].module
         self.vae: Autoencoder = networks["vae"].module
+        self.denoisers: list[Any] = [networks[name].module for name in of_role(Role.DENOISES, networks)]
         self.text, self.adapters = parts.text, parts.adapters
         self.defaults, self.shift, self.device, self.dtype = parts.defaults, parts.shift, parts.device, parts.dtype
         self.parts, self.settings = parts, settings
@@ -105,7 +107,7 @@ class Stages:
         context, t5_length = context_length(self.text, t5_length, chunks), 0 if s.t5 == "omit" else t5_length
         levels = len(sampling.levels_of(s, self.shift))
         job = Job(rows, columns, s.count, max(1, levels), len(sampling.prompts_of(s)), t5_length, context=context)
-        job = job._replace(chunks=chunks, blank=int(s.emphasis), init=s.init is not None)
+        job = job._replace(init=s.init is not None or bool(s.control), chunks=chunks, blank=int(s.emphasis))
         return job._replace(attention=s.attention, memory=s.memory, **more)
 
     def plan_for(self, job: Job) -> Plan:
@@ -218,27 +220,43 @@ class Stages:
         shape = (config.latent_channels, height // cell, width // cell)
         return torch.stack([generator_of(seed, rng)(shape) for seed in seeds])
 
-    def prepare(self, texts: Sequence[Conditioning], sigmas: Iterable[float] = ()) -> Prepared:
-        """Encoded texts, one after another, ready to be predicted with; sigmas: the noise levels to expect."""
+    def prepare(
+        self, texts: Sequence[Conditioning], sigmas: Iterable[float] = (), network: str = "transformer"
+    ) -> Prepared:
+        """Encoded texts, one after another, ready to be predicted with; sigmas: the noise levels to expect.
+
+        network: the transformer, or a ControlNet.
+        """
+        module = self.parts.networks[network].module
         with self.computing():
             context = torch.cat([text.context for text in texts]).to(self.device, self.dtype)
             pooled = torch.cat([text.pooled for text in texts]).to(self.device, self.dtype)
-            self.residency.use("transformer")
-            return Prepared(self.transformer, context, pooled, sigmas)
+            if network in self.parts.controls and (module.config.pooled_zeros or module.config.extra_channels):
+                pooled = torch.zeros_like(pooled)
+            self.residency.use(network)
+            return Prepared(module, context, pooled, sigmas)
 
-    def predict(self, latents: Tensor, rows: Sequence[Row], attention: str | None = None) -> Tensor:
+    def predict(
+        self,
+        latents: Tensor,
+        rows: Sequence[Row],
+        attention: str | None = None,
+        controls: Sequence[Sequence[Control]] = (),
+    ) -> Tensor:
         """The network's velocity of latents `(R, C, h, w)`, each by its own text and noise level; float32 in and out.
 
-        attention: who computes it, if not whoever was named when the model was loaded.
+        attention: who computes it, if not whoever was named when the model was loaded. controls: of each row.
         """
         with self.computing():
             self.attend_by(attention or self.settings.attention)
             self.residency.use("transformer")
-            return predict(latents.to(self.device, self.dtype), rows).float()
+            latents = latents.to(self.device, self.dtype)
+            return predict(latents, rows, added(self.transformer, latents, rows, controls)).float()
 
     def attend_by(self, attention: str) -> None:
         if attention != self._attention:
-            attention_by(self.transformer, attention)
+            for module in self.denoisers:
+                attention_by(module, attention)
             self._attention = attention
 
     def velocity(
@@ -295,13 +313,17 @@ class Stages:
 
         H and W are multiples of 8, as the transformer needs them of 16.
         """
+        return self.encode_values(pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1))
+
+    @torch.no_grad()
+    def encode_values(self, values: Tensor) -> Tensor:
+        """The same of numbers `(B, 3, H, W)`, which are from -1 to 1 but for some ControlNets."""
         with self.computing():
             self.residency.use("vae")
-            image = pixels.permute(0, 3, 1, 2).float()  # (B, 3, H, W)
-            image = image.div_(127.5).sub_(1).to(self.device, part_dtype("vae", self.dtype))
-            rows = self.plan.init_strip or image.shape[2]
-            mean, _ = encode_in_strips(self.vae, image, rows, "cpu")
-        self.check_finite(mean, "the latents of the picture to begin with")
+            values = values.to(self.device, part_dtype("vae", self.dtype))
+            rows = self.plan.init_strip or values.shape[2]
+            mean, _ = encode_in_strips(self.vae, values, rows, "cpu")
+        self.check_finite(mean, "the latents of a picture that was given")
         return mean.float().contiguous()
 
     @torch.no_grad()

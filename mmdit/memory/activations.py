@@ -12,12 +12,13 @@ from typing import Any
 import torch
 
 from mmdit.attention import attention_by
+from mmdit.control.network import ControlConfig, ControlNet
 from mmdit.memory.devices import locked_bytes
 from mmdit.memory.empty import emptied, on_meta
 from mmdit.memory.meter import held_bytes, peak_bytes
 from mmdit.memory.plan import Job
 from mmdit.memory.residency import Network, Role, of_role
-from mmdit.prepared import Prepared
+from mmdit.prepared import Prepared, Row, predict
 from text_encoders import CLIPConfig
 from vae import cpu_rows, decode_peak, encode_peak, locked_places, rows_for
 
@@ -106,7 +107,10 @@ class Activations:
         latents = torch.empty(batch, config.in_channels, job.rows, job.columns, device="meta")
         rows = [text for text in range(texts) for _ in range(each)] + [0] * (job.changed * batch)
         prepared = Prepared(model, context, pooled, (1.0,))
-        return prepared(torch.cat([latents] * (job.texts + job.changed)).to(self._dtype), 1.0, rows).float()
+        latents = torch.cat([latents] * (job.texts + job.changed)).to(self._dtype)
+        if isinstance(model, ControlNet):
+            return predict(latents, [Row(prepared, 1.0, row) for row in rows], more=model.beside(latents))
+        return prepared(latents, 1.0, rows).float()
 
     def denoising_bound(self, name: str, job: Job, batch: int) -> int:
         """Bytes that `denoising` does not exceed."""
@@ -114,6 +118,8 @@ class Activations:
         rows = (job.texts + job.changed) * batch
         each = job.rows * job.columns // config.patch_size**2 + length  # tokens of a row
         numbers = rows * each * _UNITS * config.hidden_size + rows * length * config.context_size
+        if isinstance(config, ControlConfig):  # what each block adds
+            numbers += rows * each * config.depth * config.hidden_size
         found = self._dtype.itemsize * numbers
         source, shapes = self._networks[name].source, self._networks[name].shapes
         if any(f"{tensor}_scale" in source.shapes for tensor in shapes):  # a matrix in 8 bits is turned back to be used

@@ -49,14 +49,20 @@ ROLES = {
     "clip_g": Role.ENCODES_TEXT,
     "t5": Role.ENCODES_TEXT,
     "transformer": Role.DENOISES,
+    "control": Role.DENOISES,
     "vae": Role.DECODES,
 }
+
+
+def role_of(name: str) -> Role:
+    """The role of a network; the names of several alike end in a space and a number."""
+    return ROLES[name.partition(" ")[0]]
 
 
 def of_role(role: Role, names: Iterable[str]) -> list[str]:
     """Those of these networks that have the role; the one that decodes pictures encodes them too."""
     own = Role.DECODES if role is Role.ENCODES_PICTURE else role
-    return [name for name in names if ROLES[name] is own]
+    return [name for name in names if role_of(name) is own]
 
 
 class Network:
@@ -81,7 +87,7 @@ class Network:
         self.shapes = {name: shape for name, shape in source.shapes.items() if not name.endswith("weight_scale")}
         self.original = source.original
         self.layout: Layout = getattr(module, "layout", Layout())
-        self.role = ROLES[name]
+        self.role = role_of(name)
         self.before, self.blocks = units(module, self.layout)
         self._empty = module.state_dict(keep_vars=True)
         seen: set[int] = set()  # a module may stand in several places: its tensors have the first of their names
