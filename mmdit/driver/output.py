@@ -10,10 +10,10 @@ import time
 import unicodedata
 import warnings
 from collections import deque
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Self
@@ -25,7 +25,7 @@ from mmdit.common.errors import SettingsError
 from mmdit.common.files import beside, put, put_new
 from mmdit.common.jsons import parse_json
 from mmdit.common.paths import user_path
-from mmdit.driver.options import OutputOptions
+from mmdit.driver.options import OF_THE_COMMAND
 from mmdit.driver.pictures import result_size
 from mmdit.driver.settings import Settings
 from samplers.options import SAMPLERS, SPACINGS
@@ -134,6 +134,23 @@ def picture_path(settings: Settings, index: int = 0, count: int = 1, taken: Cont
     return next(path for path in names(settings) if path not in taken and not path.exists())
 
 
+def preview_path(path: Path) -> Path:
+    """Where the previews of the picture that goes to this path are."""
+    return path.with_name(f"{path.stem}.preview.png")
+
+
+def check_previews(paths: Iterable[Path]) -> None:
+    """Raise SettingsError where a preview cannot have its name, or would replace a picture of this program's.
+
+    paths: of all pictures that are to be drawn. A preview that a killed run left is no such picture.
+    """
+    every = {os.path.realpath(path) for path in paths}
+    for path in every:
+        preview = user_path("preview", str(preview_path(Path(path))))
+        if str(preview) in every or preview.is_dir() or settings_in(preview) is not None:
+            raise SettingsError(f"preview: {preview} would be replaced, which is no preview: give --out another name")
+
+
 def names(settings: Settings) -> Iterator[Path]:
     """The names that a picture may have in its folder, best first, without end."""
     out, name = Path(settings.out).expanduser(), stem(settings)
@@ -168,7 +185,7 @@ def parameters(settings: Settings) -> str:
         "Model": Path(settings.model).name if settings.model else "demo",
     }
     told = {"prompt", "negative", "sampler", "schedule", "steps", "cfg", "seed", "width", "height", "model", "count"}
-    told |= {f.name for f in fields(OutputOptions)}
+    told |= {*OF_THE_COMMAND}
     own = {name: value for name, value in asdict(settings).items() if name not in told and value not in (None, ())}
     pairs = ", ".join(f"{name}: {quoted(value)}" for name, value in {**known, **own, "Version": engine()}.items())
     negative = f"\nNegative prompt: {settings.negative}" if settings.negative else ""

@@ -74,6 +74,7 @@ class Stages:
         self.turn = self.adapters.turn = _CPU if self.device.type == "cpu" else RLock()
         self._attention = "auto"  # that of the transformer as it was built
         self._inside, self._let_go = 0, False
+        self.tiny = parts.tiny() if parts.tiny else None
 
     # ---- settings --------------------------------------------------------------------------------
 
@@ -311,14 +312,16 @@ class Stages:
         truncated: to the level below, as some programs do.
         """
         with self.computing():
-            self.residency.use("vae")
             latents = latents.to(self.device, part_dtype("vae", self.dtype))
-            rows = self.plan.strip or latents.shape[2]
-            pin = self.plan.locked > 0
-            pictures = decode_in_strips(self.vae, latents, rows, "cpu", pin).float()  # (B, 3, H, W)
+            if self.tiny is not None and self.settings.taesd_decode:
+                pictures = self.tiny.decode_within(latents, self.plan.stages["decode"].working).float()
+            else:
+                self.residency.use("vae")
+                rows = self.plan.strip or latents.shape[2]
+                pin = self.plan.locked > 0
+                pictures = decode_in_strips(self.vae, latents, rows, "cpu", pin).float()  # (B, 3, H, W)
         self.check_finite(pictures, "the decoded picture")
-        levels = (pictures.clamp(-1, 1) + 1) * 127.5
-        return (levels.floor() if truncated else levels.round()).to(torch.uint8).permute(0, 2, 3, 1).cpu()
+        return as_pixels(pictures, truncated)
 
     def check_finite(self, values: Tensor, what: str) -> None:
         """Raise NotFiniteError for NaN or infinity."""
@@ -337,6 +340,15 @@ def generator_of(seed: int, rng: str) -> Callable[[tuple[int, ...]], Tensor]:
         return CudaNoise(seed)
     generator = torch.Generator().manual_seed(seed)
     return lambda shape: torch.randn(shape, generator=generator)
+
+
+def as_pixels(pictures: Tensor, truncated: bool = False) -> Tensor:
+    """Pictures `(B, 3, H, W)` in [-1, 1], clamped, to uint8 `(B, H, W, 3)` on the CPU.
+
+    Rounded to the nearest level; truncated: to the level below.
+    """
+    levels = (pictures.clamp(-1, 1) + 1) * 127.5
+    return (levels.floor() if truncated else levels.round()).to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
 
 def _convolutions() -> tuple[Any, str, Any]:
