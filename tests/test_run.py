@@ -172,7 +172,7 @@ def test_the_settings_are_in_the_picture(desk: Desk, negative: str) -> None:
         "Steps": "2", "Sampler": "Euler", "CFG scale": "4.5", "Seed": "8", "Size": "64x48", "Model": "toy",
         "emphasis": "False", "long_prompts": "False", "t5": "on", "t5_length": "40", "dtype": "fp32",
         "device": "cpu", "memory": "auto", "quantise": "none",
-        "attention": "auto", "compile": "False", "weights": weights,
+        "attention": "auto", "compile": "False", "taesd_decode": "False", "weights": weights,
     }  # fmt: skip
 
 

@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-from mmdit.common.errors import SettingsError
-from mmdit.common.options import Mark, option
+from mmdit.common.options import Mark, option, wrong
 
 
 @dataclass(frozen=True)
@@ -22,4 +21,4 @@ class TinyOptions:
 
     def check_together(self) -> None:
         if self.taesd_decode and self.taesd is None:
-            raise SettingsError("taesd_decode needs a TAESD3: --taesd FILE names it")
+            raise wrong("taesd_decode", True, "with it --taesd FILE")

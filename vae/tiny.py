@@ -53,45 +53,49 @@ class Bound(nn.Module):
         return torch.tanh(x / 3) * 3
 
 
-def tiny_encoder(config: TinyConfig) -> nn.Sequential:
+class TinyEncoder(nn.Sequential):
     """A picture in [0, 1], `(B, 3, H, W)`, to latents `(B, C, h, w)`."""
-    width = config.width
 
-    def half() -> list[nn.Module]:
-        step = nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False)
-        return [step, *(TinyBlock(width) for _ in range(3))]
+    def __init__(self, config: TinyConfig) -> None:
+        width = config.width
 
-    first = nn.Conv2d(config.image_channels, width, 3, padding=1)
-    last = nn.Conv2d(width, config.latent_channels, 3, padding=1)
-    return nn.Sequential(first, TinyBlock(width), *half(), *half(), *half(), last)
+        def half() -> list[nn.Module]:
+            step = nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False)
+            return [step, *(TinyBlock(width) for _ in range(3))]
+
+        first = nn.Conv2d(config.image_channels, width, 3, padding=1)
+        last = nn.Conv2d(width, config.latent_channels, 3, padding=1)
+        super().__init__(first, TinyBlock(width), *half(), *half(), *half(), last)
 
 
-def tiny_decoder(config: TinyConfig) -> nn.Sequential:
+class TinyDecoder(nn.Sequential):
     """Latents `(B, C, h, w)` to a picture, about [0, 1], `(B, 3, H, W)`."""
-    width = config.width
 
-    def double() -> list[nn.Module]:
-        step = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        return [*(TinyBlock(width) for _ in range(3)), nn.Upsample(scale_factor=2), step]
+    def __init__(self, config: TinyConfig) -> None:
+        width = config.width
 
-    first = nn.Conv2d(config.latent_channels, width, 3, padding=1)
-    last = nn.Conv2d(width, config.image_channels, 3, padding=1)
-    return nn.Sequential(
-        Bound(), first, nn.ReLU(inplace=True), *double(), *double(), *double(), TinyBlock(width), last
-    )  # fmt: skip
+        def double() -> list[nn.Module]:
+            step = nn.Conv2d(width, width, 3, padding=1, bias=False)
+            return [*(TinyBlock(width) for _ in range(3)), nn.Upsample(scale_factor=2), step]
+
+        first = nn.Conv2d(config.latent_channels, width, 3, padding=1)
+        last = nn.Conv2d(width, config.image_channels, 3, padding=1)
+        begin = [Bound(), first, nn.ReLU(inplace=True)]
+        super().__init__(*begin, *double(), *double(), *double(), TinyBlock(width), last)
+        self.config = config
 
 
 class Half(NamedTuple):
     """What is to be known of the encoder or the decoder, to read it from a file."""
 
-    build: Callable[[TinyConfig], nn.Sequential]
+    build: Callable[[TinyConfig], nn.Module]
     first: str  # its first tensor
     last: str
 
 
 HALVES = {
-    "encoder": Half(tiny_encoder, "0.weight", "14.weight"),
-    "decoder": Half(tiny_decoder, "1.weight", "19.weight"),
+    "encoder": Half(TinyEncoder, "0.weight", "14.weight"),
+    "decoder": Half(TinyDecoder, "1.weight", "19.weight"),
 }
 
 
@@ -108,7 +112,7 @@ class TinyAutoencoder(nn.Module):
     Its latents have scale 1 and shift 0: they are those that the transformer works on.
     """
 
-    def __init__(self, decoder: nn.Sequential, encoder: nn.Sequential | None = None) -> None:
+    def __init__(self, decoder: TinyDecoder, encoder: TinyEncoder | None = None) -> None:
         super().__init__()
         self.decoder, self.encoder = decoder, encoder
 
@@ -125,9 +129,7 @@ class TinyAutoencoder(nn.Module):
     @torch.no_grad()
     def decode_within(self, latent: Tensor, memory: int) -> Tensor:
         """`decode` one by one, in strips that take about so many bytes, or what one latent row and its halo take."""
-        width = self.decoder[1].out_channels
-        assert isinstance(width, int)
-        row = _MAPS * width * DOWNSCALE**2 * latent.shape[3] * latent.itemsize  # bytes of a latent row's maps
+        row = _MAPS * self.decoder.config.width * DOWNSCALE**2 * latent.shape[3] * latent.itemsize  # bytes of a latent row's maps
         rows = max(memory // row - 2 * HALO, 1)
         return torch.cat([self._in_strips(one, rows) for one in latent.split(1)])
 

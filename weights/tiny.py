@@ -37,7 +37,6 @@ def open_tiny(path: Path) -> dict[str, Component]:
     """
     if path.is_dir():
         header = folder_header(path, "diffusion_pytorch_model")
-        _check_config(path / "config.json")
     else:
         header = read_file(path)
     found = _halves(path, header.tensors)
@@ -47,6 +46,7 @@ def open_tiny(path: Path) -> dict[str, Component]:
     if "decoder" not in found:
         what = "the encoder of a TAESD alone" if found else "no TAESD"
         raise CheckpointError(f"{path}: {what}; {_EXPECTED}")
+    _check_config(path / "config.json")
     return found
 
 
@@ -70,7 +70,7 @@ def _native(key: str) -> tuple[str | None, str]:
 
 
 def _check_config(path: Path) -> None:
-    config: dict[str, Any] = read_json(path, CheckpointError) if path.exists() else {}
+    config: dict[str, Any] = read_json(path, CheckpointError) if path.parent.is_dir() and path.exists() else {}
     for name, value in _CONFIG.items():
         if config.get(name, value) not in (value, None):
             raise CheckpointError(f"{path}: {name} is {config[name]!r:.60}, expected {value!r}, as in TAESD3")

@@ -7,7 +7,7 @@ from mmdit.common.options import Mark, from_one, from_one_to, option, wrong
 from mmdit.common.paths import split_scale
 from mmdit.driver.likeness import LIKE
 
-_MOST = 100_000  # pictures of one prompt
+_MOST = 100_000  # pictures of one prompt, and steps from one preview to the next
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class WatchOptions:
         Mark.OF_THE_RUN,
         Mark.NOT_SEEN,
         metavar="N",
-        check=from_one,
+        check=from_one_to(_MOST),
     )
     from_png: str | None = option(
         None,

@@ -91,16 +91,15 @@ def _own(path: Path, text: str) -> Reading:
         raise SettingsError(f"{path}: its settings are not JSON: {error}") from None
     if not isinstance(value, Mapping):
         raise SettingsError(f"{path}: its settings are no JSON object")
-    found, known = Reading(), {f.name for f in fields(Settings)}
+    found, known = Reading(), {f.name: f for f in fields(Settings)}
     for name, each in value.items():
         if name in OF_THE_COMMAND:
             continue
         if name not in known:
             found.leave(f"{name} {each!r}"[:80])
-        elif isinstance(each, list):
-            found.settings[name] = tuple(each)
         else:
-            found.settings[name] = each
+            several = isinstance(known[name].default, tuple) and isinstance(each, list)
+            found.settings[name] = tuple(each) if several else each
     return found
 
 
