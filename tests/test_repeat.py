@@ -15,6 +15,7 @@ from toys import toy_folder
 
 from mmdit.common.errors import SettingsError
 from mmdit.driver import foreign
+from mmdit.driver.likeness import filled
 from mmdit.driver.pipeline import Pipeline
 from mmdit.driver.repeat import settings_of_picture
 from mmdit.driver.settings import Settings
@@ -110,7 +111,7 @@ MISTAKES: dict[str, tuple[bytes | dict[str, str], str]] = {
     "a list": ({"mmdit": "[1]"}, "its settings are no JSON object"),
     "a word for a number": ({"mmdit": '{"steps": "many"}'}, "steps is 'many': expected a"),
     "a list for a number": ({"mmdit": '{"steps": [1]}'}, "steps is "),
-    "a number for files": ({"mmdit": '{"lora": 5}'}, "int"),
+    "a number for files": ({"mmdit": '{"lora": 5}'}, "lora is 5: expected text"),
     "too many steps": ({"parameters": "x\nSteps: 99999999, Seed: 1, Size: 8x8"}, "steps is 99999999: expected at most"),
     "a seed of no sense": ({"parameters": "x\nSteps: 9, Seed: 1" + 38 * "0" + ", CFG scale: 2"}, "seed is 1"),
 }  # fmt: skip
@@ -206,7 +207,8 @@ def every_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(foreign.Reading, "take", take_all)
     monkeypatch.setattr(
-        "mmdit.driver.repeat.Settings", lambda **given: Settings(**{k: v for k, v in given.items() if k in KNOWN})
+        "mmdit.driver.repeat.Settings",
+        lambda **given: Settings(**{k: v for k, v in given.items() if k in KNOWN - choices.keys()}),
     )
 
 
@@ -216,7 +218,7 @@ def every_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
     ("DPM++ 2M", "Automatic", ("dpmpp_2m", "karras")), ("DPM++ 2M", "Beta", ("dpmpp_2m", "beta")),
     ("DPM++ 2M SDE", "Automatic", ("dpmpp_2m_sde", "exponential")), ("DPM++ 2M Karras", None, ("dpmpp_2m", "karras")),
     ("DPM++ 3M SDE Exponential", None, ("dpmpp_3m_sde", "exponential")), ("UniPC", "Simple", ("unipc", "simple")),
-    ("LMS", "Uniform", ("lms", "normal")), ("euler_a", "discrete", ("euler_ancestral", "normal")),
+    ("LMS", "Uniform", ("lms", "normal")), ("euler_a", "discrete", ("euler_ancestral", "discrete")),
     ("dpm++2m", "karras", ("dpmpp_2m", "karras")), ("DPM fast", "Turbo", None),
 ])  # fmt: skip
 def test_names_of_samplers(
@@ -229,6 +231,13 @@ def test_names_of_samplers(
         assert left_out == ["Sampler DPM fast", "Schedule type Turbo"] and "sampler" not in found
     else:
         assert ((found["sampler"], found["schedule"]), left_out) == (expected, [])
+
+
+def test_pictures_of_stable_diffusion_cpp(tmp_path: Path) -> None:
+    """They name themselves, and are drawn as it draws."""
+    text = "x\nSteps: 3, CFG scale: 2, Seed: 1, Size: 64x64, RNG: cuda, Sampler: euler normal, Version: stable-diffusion.cpp"
+    found, left_out = settings_of_picture(picture(tmp_path / "x.png", parameters=text))
+    assert (found["like"], found["rng"], found["t5_length"], left_out) == ("sdcpp", "cuda", 77, ["RNG cuda"])
 
 
 def test_a_sampler_that_is_not_here_is_told(tmp_path: Path) -> None:
@@ -301,9 +310,9 @@ CUSTOM_LEFT = {
 @pytest.mark.usefixtures("every_sampler")
 def test_graphs_of_comfyui(tmp_path: Path) -> None:
     found, left_out = settings_of_picture(picture(tmp_path / "x.png", prompt=json.dumps(PLAIN), workflow="{}"))
-    assert (found, left_out) == (PLAIN_READ, PLAIN_LEFT)
+    assert (found, left_out) == (filled({**PLAIN_READ, "like": "comfyui"}), PLAIN_LEFT)
     found, left_out = settings_of_picture(picture(tmp_path / "y.png", prompt=json.dumps(CUSTOM)))
-    assert (found, {*left_out}) == (CUSTOM_READ, CUSTOM_LEFT)
+    assert (found, {*left_out}) == (filled({**CUSTOM_READ, "like": "comfyui"}), CUSTOM_LEFT)
 
 
 def test_conditions_on_the_way(tmp_path: Path) -> None:
@@ -339,7 +348,7 @@ def test_workflows_of_comfyui(tmp_path: Path) -> None:
         kind = one["class_type"]
         nodes.append({"id": int(name), "type": kind, "inputs": slots, "widgets_values": widgets.get(kind, [])})
     path = picture(tmp_path / "x.png", workflow=json.dumps({"nodes": nodes, "links": links}))
-    assert settings_of_picture(path) == (PLAIN_READ, PLAIN_LEFT)
+    assert settings_of_picture(path) == (filled({**PLAIN_READ, "like": "comfyui"}), PLAIN_LEFT)
 
 
 STRANGE = [None, True, -1, 1.5, "x", [], [1], ["3", 0], [["3"], 0], ["9", 0], {}, {"a": 1}, [None] * 9, 10**30]

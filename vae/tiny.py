@@ -129,7 +129,9 @@ class TinyAutoencoder(nn.Module):
     @torch.no_grad()
     def decode_within(self, latent: Tensor, memory: int) -> Tensor:
         """`decode` one by one, in strips that take about so many bytes, or what one latent row and its halo take."""
-        row = _MAPS * self.decoder.config.width * DOWNSCALE**2 * latent.shape[3] * latent.itemsize  # bytes of a latent row's maps
+        row = (
+            _MAPS * self.decoder.config.width * DOWNSCALE**2 * latent.shape[3] * latent.itemsize
+        )  # bytes of a latent row's maps
         rows = max(memory // row - 2 * HALO, 1)
         return torch.cat([self._in_strips(one, rows) for one in latent.split(1)])
 

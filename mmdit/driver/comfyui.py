@@ -90,6 +90,7 @@ def _read(graph: Graph) -> Reading | None:
     if sampler is None:
         return None
     found, inputs = Reading(), _merged(graph, sampler)
+    found.as_by("comfyui")
     for name, value in inputs.items():
         value = _value(graph, name, value)
         told = f"{name} {value}"[:_SHOWN]

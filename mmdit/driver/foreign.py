@@ -27,7 +27,7 @@ SAMPLERS = {
 SCHEDULES = {
     "normal": "normal",
     "uniform": "normal",
-    "discrete": "normal",
+    "discrete": "discrete",
     "karras": "karras",
     "exponential": "exponential",
     "sgmuniform": "sgm_uniform",
@@ -66,6 +66,10 @@ class Reading:
             self.leave(told)
         else:
             self.settings[name] = value
+
+    def as_by(self, program: str) -> None:
+        """Have it drawn as that program would: a value of `like`."""
+        self.settings["like"] = program
 
     def sampler(self, name: str, told: str) -> None:
         self.take("sampler", SAMPLERS.get(plain(name)), told)

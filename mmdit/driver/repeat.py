@@ -18,6 +18,7 @@ from mmdit.common.jsons import parse_json
 from mmdit.common.paths import user_path
 from mmdit.driver.comfyui import read_graph, read_workflow
 from mmdit.driver.foreign import Reading
+from mmdit.driver.likeness import filled
 from mmdit.driver.options import OF_THE_COMMAND
 from mmdit.driver.settings import Settings
 from mmdit.driver.webui import read_parameters
@@ -44,10 +45,11 @@ def settings_of_picture(path: str | Path) -> tuple[dict[str, Any], list[str]]:
             "or of ComfyUI, as they wrote it"
         )
     try:
-        Settings(**found.settings).resolved({})
+        settings = filled(found.settings)
+        Settings(**settings).resolved({})
     except (SettingsError, TypeError) as error:
         raise SettingsError(f"{path}: {error}") from None
-    return found.settings, found.left_out
+    return settings, found.left_out
 
 
 def _texts(path: Path) -> dict[str, str]:

@@ -35,6 +35,8 @@ def read_parameters(text: str) -> Reading | None:
                 found.take(side, int(pixels), told)
         elif name not in (*_OF_NO_USE, "Sampler", "Schedule type"):
             found.leave(told)
+    if pairs.get("Version", "").strip().startswith("stable-diffusion.cpp"):
+        found.as_by("sdcpp")
     if "Sampler" in pairs:
         _read_sampler(found, pairs["Sampler"].strip(), pairs.get("Schedule type", "").strip())
     return found
@@ -56,6 +58,8 @@ def _read_sampler(found: Reading, sampler: str, schedule: str) -> None:
     if plain(sampler) not in SAMPLERS and not schedule and plain(word) in SCHEDULES:
         sampler, schedule = first, word
     found.sampler(sampler, told)
+    if not schedule and "like" in found.settings:
+        return  # that program's own
     if plain(schedule) in ("", "automatic"):
         schedule = _AUTOMATIC.get(SAMPLERS.get(plain(sampler), ""), "normal")
     found.schedule(schedule, f"Schedule type {schedule}"[:80])
