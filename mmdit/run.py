@@ -80,8 +80,9 @@ def repeating(given: dict[str, Any]) -> dict[str, Any]:
     found, left_out = settings_of_picture(given["from_png"])
     if left_out:
         say(f"{given['from_png']}: left out: {', '.join(left_out)}")
-    if given.keys() & set(marked(Settings, Mark.PATH)):  # other weights are wanted
-        found.pop("weights", None)
+    for hashed, mark in (("weights", Mark.LOADED), ("images", Mark.PICTURE)):
+        if given.keys() & set(marked(Settings, mark)):  # others are wanted
+            found.pop(hashed, None)
     return {**found, **filled(given, found)}
 
 
@@ -113,6 +114,8 @@ def run(settings: Settings) -> None:
             skipped = sum(s.count for s in every) - len(wanted)
         if settings.weights not in (None, parts.weights):
             say(f"warning: {settings.from_png} was drawn by other weights")
+        if lines is None and settings.images not in (None, wanted[0][0].images):
+            say(f"warning: {settings.from_png} began with other pictures than there are now: {settings.init}")
         if settings.preview is not None:
             check_previews(path for _, path in wanted)
         if wanted:

@@ -162,10 +162,13 @@ on a hill
 Negative prompt: a bear,
 blurred
 Steps: 30, Sampler: Euler, Schedule type: Automatic, CFG scale: 5.5, Seed: 1234567890, Size: 640x512, \
-Model hash: 45dee52b, Model: sd3.5_medium, Denoising strength: 0.4, Hires prompt: "a, \\"b\\": c", Version: v1.10.1"""
+Model hash: 45dee52b, Model: sd3.5_medium, Denoising strength: 0.4, Hires prompt: "a, \\"b\\": c", \
+Variation seed: 5, Variation seed strength: 0.25, \
+Version: v1.10.1"""
 READ = {
     "prompt": "a horse,  (red:1.2)\non a hill", "negative": "a bear,\nblurred", "steps": 30, "cfg": 5.5,
-    "seed": 1234567890, "width": 640, "height": 512,
+    "seed": 1234567890, "width": 640, "height": 512, "emphasis": True, "rng": "cuda", "variation_seed": 5,
+    "variation_strength": 0.25,
 }  # fmt: skip
 LEFT = ["<lora:style:0.8>", "Model sd3.5_medium", "Denoising strength 0.4", 'Hires prompt a, "b": c']
 
@@ -235,9 +238,9 @@ def test_names_of_samplers(
 
 def test_pictures_of_stable_diffusion_cpp(tmp_path: Path) -> None:
     """They name themselves, and are drawn as it draws."""
-    text = "x\nSteps: 3, CFG scale: 2, Seed: 1, Size: 64x64, RNG: cuda, Sampler: euler normal, Version: stable-diffusion.cpp"
+    text = "x\nSteps: 3, CFG scale: 2, Seed: 1, RNG: cuda, Sampler: euler normal, Version: stable-diffusion.cpp"
     found, left_out = settings_of_picture(picture(tmp_path / "x.png", parameters=text))
-    assert (found["like"], found["rng"], found["t5_length"], left_out) == ("sdcpp", "cuda", 77, ["RNG cuda"])
+    assert (found["like"], found["rng"], found["t5_length"], left_out) == ("sdcpp", "cuda", 77, [])
 
 
 def test_a_sampler_that_is_not_here_is_told(tmp_path: Path) -> None:
@@ -294,6 +297,8 @@ CUSTOM = {
     "0": node("KSampler", seed=1, steps=1, cfg=1, sampler_name="euler", scheduler="normal", denoise=1),
 }  # fmt: skip
 CUSTOM_READ = {
+    "prompt_clip_g": "a horse",
+    "prompt_clip_l": "a horse",
     "prompt": "a long horse",
     "seed": 11,
     "steps": 12,
@@ -302,7 +307,7 @@ CUSTOM_READ = {
     "schedule": "beta",
 }
 CUSTOM_LEFT = {
-    "denoise 0.6", "another text for CLIP: a horse", "ConditioningZeroOut", "UNETLoader sd3.5.safetensors",
+    "denoise 0.6", "ConditioningZeroOut", "UNETLoader sd3.5.safetensors",
     "the picture that it began with (VAEEncode)",
 }  # fmt: skip
 
@@ -313,6 +318,15 @@ def test_graphs_of_comfyui(tmp_path: Path) -> None:
     assert (found, left_out) == (filled({**PLAIN_READ, "like": "comfyui"}), PLAIN_LEFT)
     found, left_out = settings_of_picture(picture(tmp_path / "y.png", prompt=json.dumps(CUSTOM)))
     assert (found, {*left_out}) == (filled({**CUSTOM_READ, "like": "comfyui"}), CUSTOM_LEFT)
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("a (red:1.2) horse", {"emphasis": True}), ("a [red] horse", {}), ("horse " * 30, {"long_prompts": True}),
+])  # fmt: skip
+def test_texts_are_read_as_comfyui_reads_them(tmp_path: Path, text: str, expected: dict[str, bool]) -> None:
+    graph = {**PLAIN, "6": node("CLIPTextEncode", text=text)}
+    found, _ = settings_of_picture(picture(tmp_path / "x.png", prompt=json.dumps(graph)))
+    assert {name: found[name] for name in ("emphasis", "long_prompts") if name in found} == expected
 
 
 def test_conditions_on_the_way(tmp_path: Path) -> None:

@@ -92,6 +92,11 @@ def test_the_halo_is_what_a_row_depends_on() -> None:
     latent[:, :, 30] = torch.nan
     rows = torch.isnan(decoder(latent)).any(dim=3)[0].any(dim=0).unflatten(0, (60, 8)).any(dim=1)  # (60,)
     assert rows.nonzero().flatten().tolist() == [*range(30 - HALO, 30 + HALO + 1)]
+    image = random(1, 3, 480, 16).double()
+    image[:, :, 240:248] = torch.nan
+    encoder = randomize(TinyEncoder(TinyConfig(2, 3)).double(), seed=0)
+    seen = torch.isnan(encoder(image)).any(dim=3)[0].any(dim=0).nonzero().flatten().tolist()
+    assert min(seen) >= 30 - HALO and max(seen) == 30 + HALO
 
 
 @pytest.mark.parametrize("rows", [1, 4, 30])
@@ -99,6 +104,8 @@ def test_strips_are_exact(rows: int) -> None:
     model, latent = copy.deepcopy(pair().ours).double(), random(2, 16, 60, 2).double()
     row = 4 * 8 * 64 * 2 * 8  # bytes of a latent row: maps, channels, pixels of a cell, cells, of a number
     assert relative_error(model.decode_within(latent, (rows + 2 * HALO) * row), model.decode(latent)) <= 1e-14
+    image = random(1, 3, 8 * 60, 16).double()
+    assert relative_error(model.encode_within(image, (rows + 2 * HALO) * row), model.encode(image)) <= 1e-14
 
 
 def test_memory_bounds_the_strips(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from mmdit.driver.repeat import settings_of_picture
 from mmdit.driver.settings import identity
 from mmdit.run import main
 from vae.colours import fitted_colours, least_squares, smooth_noise
-from vae.tiny import TinyConfig, TinyDecoder
+from vae.tiny import TinyConfig, TinyDecoder, TinyEncoder
 
 DEFAULTS = {"width": 48, "height": 32, "steps": 5, "cfg": 1.0, "t5_length": 20}
 
@@ -213,6 +213,28 @@ def test_decoded_by_taesd(pipe: Pipeline, toy: Path) -> None:
     seen = Pipeline.load(toy, device="cpu", dtype="fp32", taesd=file)
     assert identity(seen.check(seen.asked({"prompt": "a horse"}))) == identity(usual.settings)
     assert seen.tiny is not None and pipe.tiny is None
+
+
+def test_a_picture_to_begin_with_is_encoded_by_taesd(toy: Path, tmp_path: Path) -> None:
+    """Where there is an encoder; strength 0 leaves what it and the decoder make of the picture."""
+    config, root = TinyConfig(8), tmp_path
+    encoder, decoder = randomize(TinyEncoder(config), seed=2), randomize(TinyDecoder(config), seed=1)
+    save_file(dict(encoder.state_dict()), root / "x_encoder.safetensors")
+    save_file(dict(decoder.state_dict()), root / "x_decoder.safetensors")
+    pixels = torch.randint(0, 256, (32, 48, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    Image.fromarray(pixels.numpy()).save(root / "init.png")
+    tiny = Pipeline.load(
+        toy, device="cpu", dtype="fp32", taesd=root / "x_decoder.safetensors", taesd_decode=True
+    )  # fmt: skip
+    (image,) = tiny("a horse", init=root / "init.png", strength=0.0)
+    expected = (decoder(encoder(pixels.permute(2, 0, 1)[None] / 255)).clamp(0, 1) * 255).round()
+    assert np.abs(np.asarray(image, dtype=int) - expected[0].permute(1, 2, 0).numpy()).max() <= 1
+    before = tiny.actual["weights"]
+    save_file(dict(randomize(encoder, seed=3).state_dict()), root / "x_encoder.safetensors")
+    again = Pipeline.load(
+        toy, device="cpu", dtype="fp32", taesd=root / "x_decoder.safetensors", taesd_decode=True
+    )  # fmt: skip
+    assert again.actual["weights"] != before
 
 
 def test_it_is_repeated(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,9 @@ class TinyOptions:
         Mark.NOT_SEEN,  # where it decodes, `weights` tells
         metavar="FILE|FOLDER",
     )
-    taesd_decode: bool = option(False, "decode by it: faster, in less memory, with fewer details", Mark.LOADED)
+    taesd_decode: bool = option(
+        False, "decode by it, and encode init where it can: faster, in less memory, with fewer details", Mark.LOADED
+    )
 
     def check_together(self) -> None:
         if self.taesd_decode and self.taesd is None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 DOWNSCALE = 8  # picture pixels per latent cell along each side
 # Latent rows above and below that a decoded cell depends on. From the picture back to the latent: 5 convolutions at its
 # own resolution, 10 at half of it (5 rows reach into 3 there: 13), 10 at the next (13 into 7: 17), 10 at the latent's
-# (17 into 9: 19).
+# (17 into 9: 19). A cell that is encoded depends on as many.
 HALO = 19
 _MAPS = 4  # of the picture's size and the network's width that a decode holds at a time
 
@@ -129,20 +129,28 @@ class TinyAutoencoder(nn.Module):
     @torch.no_grad()
     def decode_within(self, latent: Tensor, memory: int) -> Tensor:
         """`decode` one by one, in strips that take about so many bytes, or what one latent row and its halo take."""
-        row = (
-            _MAPS * self.decoder.config.width * DOWNSCALE**2 * latent.shape[3] * latent.itemsize
-        )  # bytes of a latent row's maps
-        rows = max(memory // row - 2 * HALO, 1)
-        return torch.cat([self._in_strips(one, rows) for one in latent.split(1)])
+        return torch.cat([self._in_strips(one, memory, self.decode, 1, DOWNSCALE) for one in latent.split(1)])
 
-    def _in_strips(self, latent: Tensor, rows: int) -> Tensor:
-        """The picture of one latent `(1, C, h, w)`, so many latent rows at a time, each with its halo."""
-        height, parts = latent.shape[2], []
+    @torch.no_grad()
+    def encode_within(self, image: Tensor, memory: int) -> Tensor:
+        """`encode` likewise."""
+        return torch.cat([self._in_strips(one, memory, self.encode, DOWNSCALE, 1) for one in image.split(1)])
+
+    def _in_strips(
+        self, x: Tensor, memory: int, compute: Callable[[Tensor], Tensor], before: int, after: int
+    ) -> Tensor:  # fmt: skip
+        """What `compute` makes of one x, some rows of cells and their halo at a time.
+
+        before, after: rows of x, and of what comes of it, in a row of cells.
+        """
+        pixels = DOWNSCALE**2 * x.shape[3] // before  # of a row of cells
+        most = memory // (_MAPS * self.decoder.config.width * pixels * x.itemsize)
+        height, rows, parts = x.shape[2] // before, max(most - 2 * HALO, 1), []
         if height <= rows + 2 * HALO:
-            return self.decode(latent)
+            return compute(x)
         for top in range(0, height, rows):
             bottom = min(top + rows, height)
             above, below = max(top - HALO, 0), min(bottom + HALO, height)
-            part = self.decode(latent[:, :, above:below])
-            parts.append(part[:, :, DOWNSCALE * (top - above) : DOWNSCALE * (bottom - above)].clone())
-        return torch.cat(parts, dim=2)  # (1, 3, H, W)
+            part = compute(x[:, :, before * above : before * below])
+            parts.append(part[:, :, after * (top - above) : after * (bottom - above)].clone())
+        return torch.cat(parts, dim=2)

@@ -46,8 +46,8 @@ def with_embeddings(model: str, files: Mapping[str, Path]) -> str:
     return _hash([model, [(word, of_file(path)) for word, path in files.items()]]) if files else model
 
 
-def with_decoder(model: str, files: Iterable[Path]) -> str:
-    """The hash of a model whose pictures are decoded by another decoder, in these files."""
+def with_autoencoder(model: str, files: Iterable[Path]) -> str:
+    """The hash of a model that decodes by another autoencoder, in these files."""
     return _hash([model, "decoded by", *map(of_file, files)])
 
 

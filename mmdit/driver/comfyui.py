@@ -35,6 +35,7 @@ _SAMPLERS = ("KSampler", "KSamplerAdvanced", "SamplerCustom", "SamplerCustomAdva
 _PARTS = ("noise", "guider", "sampler", "sigmas")  # inputs by which a custom sampler has its numbers
 _NUMBERS = {"seed": "seed", "noise_seed": "seed", "steps": "steps", "cfg": "cfg"}
 _VALUES = ("value", "text", "string", "int", "float", "number", "seed")  # inputs of nodes that hold one value
+_TEXTS = {"text": "", "t5xxl": "t5", "clip_g": "clip_g", "clip_l": "clip_l"}  # inputs, and who reads them
 _SHOWN = 80  # characters
 
 
@@ -103,9 +104,9 @@ def _read(graph: Graph) -> Reading | None:
         elif (name == "denoise" and value != 1) or (name == "start_at_step" and value != 0):
             found.leave(told)
     for name, role in (("prompt", "positive"), ("negative", "negative")):
-        text = _text(graph, inputs.get(role, inputs.get("conditioning") if role == "positive" else None), role, found)
-        if text is not None:
-            found.take(name, text, f"{role} {text}"[:_SHOWN])
+        texts = _texts(graph, inputs.get(role, inputs.get("conditioning") if role == "positive" else None), role, found)
+        for encoder, own in texts.items():
+            found.text(f"{name}_{encoder}" if encoder else name, own, f"{role} {encoder}: {own}"[:_SHOWN])
     _read_size(graph, inputs.get("latent_image"), found)
     _read_model(graph, inputs, found)
     return found
@@ -160,26 +161,27 @@ def _value(graph: Graph, name: str, value: Any) -> Any:
     return None
 
 
-def _text(graph: Graph, link: Any, role: str, found: Reading) -> str | None:
-    """The first text against the flow; what it passes on the way is left out. role: "positive" or "negative"."""
+def _texts(graph: Graph, link: Any, role: str, found: Reading) -> dict[str, str]:
+    """The first texts against the flow by the encoder that reads them, "" for all others; what is passed is left out.
+
+    role: "positive" or "negative".
+    """
     waiting, seen = deque([link]), set[int]()
     while waiting:
         node = _source(graph, waiting.popleft())
         if node is None or id(node) in seen:
             continue
         seen.add(id(node))
-        texts = [_value(graph, name, node.inputs[name]) for name in ("text", "t5xxl", "clip_g", "clip_l")
-                 if name in node.inputs]  # fmt: skip
-        texts = [text for text in texts if isinstance(text, str)]
+        read = {encoder: _value(graph, name, node.inputs.get(name)) for name, encoder in _TEXTS.items()}
+        texts = {encoder: text for encoder, text in read.items() if isinstance(text, str)}
         if texts:
-            for other in {*texts[1:]} - {texts[0]}:
-                found.leave(f"another text for CLIP: {other}"[:_SHOWN])
-            return texts[0]
+            general = next(iter(texts.values()))
+            return {"": general, **{encoder: text for encoder, text in texts.items() if text != general}}
         found.leave(node.kind[:_SHOWN])
         if node.kind != "ConditioningZeroOut":  # zeros, whatever it is given
             own = [node.inputs[role]] if role in node.inputs else list(node.inputs.values())
             waiting.extendleft(reversed(own))
-    return None
+    return {}
 
 
 def _read_size(graph: Graph, link: Any, found: Reading) -> None:

@@ -35,6 +35,7 @@ SCHEDULES = {
     "beta": "beta",
     "linear": "linear",
 }
+_SHORT = 100  # bytes of a text that fills no more than 75 tokens, whatever its language
 # What is done here where there is no such setting.
 _DONE = {"sampler": "euler", "schedule": "normal"}
 
@@ -70,6 +71,14 @@ class Reading:
     def as_by(self, program: str) -> None:
         """Have it drawn as that program would: a value of `like`."""
         self.settings["like"] = program
+
+    def text(self, name: str, text: str, told: str) -> None:
+        """A prompt, with what these programs do with brackets and with long texts."""
+        self.take(name, text, told)
+        if "(" in text or ("[" in text and self.settings.get("like") is None):
+            self.take("emphasis", True, "weights of words")
+        if len(text.encode()) > _SHORT:
+            self.take("long_prompts", True, "long prompts")
 
     def sampler(self, name: str, told: str) -> None:
         self.take("sampler", SAMPLERS.get(plain(name)), told)

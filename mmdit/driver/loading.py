@@ -30,7 +30,7 @@ from weights import Checkpoint, CheckpointError, Component, Source, hub, open_ch
 from weights.adapters import Adapters
 from weights.embeddings import read_embedding
 from weights.fill import fill
-from weights.fingerprint import of_adapter, of_model, with_adapters, with_decoder, with_embeddings
+from weights.fingerprint import of_adapter, of_model, with_adapters, with_autoencoder, with_embeddings
 from weights.tiny import open_tiny
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -124,7 +124,7 @@ def load_parts(settings: Settings) -> Parts:
             user_path("taesd", settings.taesd), modules["vae"].config, device, part_dtype("vae", dtype)
         )
     if settings.taesd_decode:
-        fingerprint = with_decoder(fingerprint, files)
+        fingerprint = with_autoencoder(fingerprint, files)
     weights = with_adapters(fingerprint, [of_adapter(path) for path in planned])
     return Parts(networks, text, adapters, defaults, shift, device, dtype, fingerprint, weights, tiny)
 
@@ -132,7 +132,7 @@ def load_parts(settings: Settings) -> Parts:
 def tiny_of(
     path: Path, vae: VAEConfig, device: torch.device, dtype: torch.dtype
 ) -> tuple[Callable[[], TinyAutoencoder], list[Path]]:
-    """What reads a small autoencoder, and the files of its decoder; CheckpointError where it is none for this model."""
+    """What reads a small autoencoder, and its files; CheckpointError where it is none for this model."""
     parts, modules = open_tiny(path), dict[str, Any]()
     for name, part in parts.items():
         try:
@@ -151,7 +151,7 @@ def tiny_of(
     def read() -> TinyAutoencoder:
         return TinyAutoencoder(**{name: fill(module, parts[name], dtype, device) for name, module in modules.items()})
 
-    return read, parts["decoder"].files
+    return read, [file for name in sorted(parts) for file in parts[name].files]
 
 
 def shift_of(checkpoint: Checkpoint) -> float:

@@ -156,14 +156,14 @@ class Pipeline(Stages):
         file says beside that and was left out. Raises one of USER_ERRORS.
         """
         given, left_out = settings_of_picture(path)
-        weights = given.pop("weights", None)
+        hashes = {name: given.pop(name, None) for name in marked(Settings, Mark.FOUND)}
         for name in LOADED:
             value = given.pop(name, getattr(self.settings, name))
             differs = value not in (getattr(self.settings, name), self.actual.get(name))
             if differs and name not in marked(Settings, Mark.PATH):
                 left_out.append(f"{name} {value}")
-        settings = self.asked({**given, **keywords})
-        if weights not in (None, self.actual["weights"]):
+        settings = replace(self.asked({**given, **keywords}), size=hashes["size"])
+        if hashes["weights"] not in (None, self.actual["weights"]):
             left_out.append("other weights")
         if left_out:
             warnings.warn(f"{path}: left out: {', '.join(left_out)}", stacklevel=2)

@@ -297,11 +297,14 @@ class Stages:
         H and W are multiples of 8, as the transformer needs them of 16.
         """
         with self.computing():
-            self.residency.use("vae")
             image = pixels.permute(0, 3, 1, 2).float()  # (B, 3, H, W)
             image = image.div_(127.5).sub_(1).to(self.device, part_dtype("vae", self.dtype))
-            rows = self.plan.init_strip or image.shape[2]
-            mean, _ = encode_in_strips(self.vae, image, rows, "cpu")
+            if self.tiny is not None and self.settings.taesd_decode and self.tiny.encoder is not None:
+                mean = self.tiny.encode_within(image, self.plan.stages.get("init", self.plan.stages["decode"]).working)
+            else:
+                self.residency.use("vae")
+                rows = self.plan.init_strip or image.shape[2]
+                mean, _ = encode_in_strips(self.vae, image, rows, "cpu")
         self.check_finite(mean, "the latents of the picture to begin with")
         return mean.float().contiguous()
 

@@ -15,6 +15,10 @@ _NETWORK = re.compile(r"<\w+:[^<>]{1,200}>")  # in a prompt, as <lora:style:0.8>
 _AUTOMATIC = {"dpmpp_2m": "karras", "dpmpp_2m_sde": "exponential", "dpmpp_3m_sde": "exponential"}
 _NAMES = {"Steps": "steps", "CFG scale": "cfg", "Seed": "seed", "Shift": "shift"}
 _OF_NO_USE = {"Version", "Model hash"}
+_VARIATION = {"Variation seed": "variation_seed", "Variation seed strength": "variation_strength"}
+# Who draws the noise. Where that is the GPU, the web UI and Forge, told by their versions, do not say so.
+_RNG = {"cpu": "cpu", "gpu": "cuda", "nv": "cuda", "cuda": "cuda"}
+_GPU_UNLESS_SAID = re.compile(r"(v1\.|f\d)")
 
 
 def read_parameters(text: str) -> Reading | None:
@@ -30,13 +34,19 @@ def read_parameters(text: str) -> Reading | None:
         told = f"{name} {value}"[:80]
         if name in _NAMES:
             found.take(_NAMES[name], value if number(value) is not None else None, told)
+        elif name in _VARIATION and _VARIATION.keys() <= pairs.keys():
+            found.take(_VARIATION[name], value if number(value) is not None else None, told)
         elif name == "Size" and re.fullmatch(r"\d{1,9}x\d{1,9}", value):
             for side, pixels in zip(("width", "height"), value.split("x")):
                 found.take(side, int(pixels), told)
-        elif name not in (*_OF_NO_USE, "Sampler", "Schedule type"):
+        elif name not in (*_OF_NO_USE, "Sampler", "Schedule type", "RNG"):
             found.leave(told)
-    if pairs.get("Version", "").strip().startswith("stable-diffusion.cpp"):
+    version = pairs.get("Version", "").strip()
+    if version.startswith("stable-diffusion.cpp"):
         found.as_by("sdcpp")
+    if "RNG" in pairs or _GPU_UNLESS_SAID.match(version):
+        rng = pairs.get("RNG", "GPU").strip()
+        found.take("rng", _RNG.get(rng.lower()), f"RNG {rng}"[:80])
     if "Sampler" in pairs:
         _read_sampler(found, pairs["Sampler"].strip(), pairs.get("Schedule type", "").strip())
     return found
@@ -48,7 +58,7 @@ def _read_prompts(found: Reading, lines: list[str]) -> None:
     for name, text in (("prompt", "\n".join(lines[:start])), ("negative", negative)):
         for network in _NETWORK.findall(text):
             found.leave(network)
-        found.take(name, _NETWORK.sub("", text).strip(), name)
+        found.text(name, _NETWORK.sub("", text).strip(), name)
 
 
 def _read_sampler(found: Reading, sampler: str, schedule: str) -> None:
