@@ -133,6 +133,19 @@ def test_previews(
             assert "preview" not in watched.text["parameters"]
 
 
+def test_a_preview_goes_with_its_picture(tmp_path: Path) -> None:
+    """As soon as that one is drawn; the other picture's stays, and is replaced whole."""
+    paths = [tmp_path / "deep" / f"{i}.preview.png" for i in (0, 1)]
+    event = Mock(denoised=torch.zeros(1), index=0)
+    with preview.Previews(1, paths, lambda _: Image.new("RGB", (8, 8))) as previews:
+        for event.index, event.step.index in ((0, 0), (1, 0), (0, 1)):
+            previews.step(event)
+        assert sorted((tmp_path / "deep").iterdir()) == paths
+        previews.picture(event)
+        assert [*(tmp_path / "deep").iterdir()] == paths[1:]
+    assert not (tmp_path / "deep").exists()
+
+
 @pytest.mark.parametrize("where", ["step", "decode"])
 def test_nothing_is_left(
     toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, where: str
