@@ -5,44 +5,26 @@ from typing import Any
 
 from mmdit.common.options import kind
 from mmdit.driver.settings import Settings
+from samplers import options
 
-# {a solver's or schedule's name, as `plain` has it: the name here}. AUTOMATIC1111's web UI, ComfyUI and
-# stable-diffusion.cpp; the first counts its `uniform` levels as ComfyUI its `normal` ones.
-SAMPLERS = {
-    "euler": "euler",
-    "eulera": "euler_ancestral",
-    "eulerancestral": "euler_ancestral",
-    "heun": "heun",
-    "dpmpp2m": "dpmpp_2m",
-    "dpmpp2msde": "dpmpp_2m_sde",
-    "dpmpp2msdegpu": "dpmpp_2m_sde",
-    "dpmpp3msde": "dpmpp_3m_sde",
-    "dpmpp3msdegpu": "dpmpp_3m_sde",
-    "unipc": "unipc",
-    "unipcbh2": "unipc",
-    "deis": "deis",
-    "lms": "lms",
-    "resmultistep": "res_multistep",
-}
-SCHEDULES = {
-    "normal": "normal",
-    "uniform": "normal",
-    "discrete": "discrete",
-    "karras": "karras",
-    "exponential": "exponential",
-    "sgmuniform": "sgm_uniform",
-    "simple": "simple",
-    "beta": "beta",
-    "linear": "linear",
-}
 _SHORT = 100  # bytes of a text that fills no more than 75 tokens, whatever its language
-# What is done here where there is no such setting.
-_DONE = {"sampler": "euler", "schedule": "normal"}
 
 
 def plain(name: str) -> str:
     """A solver's or schedule's name without what programs spell in different ways."""
     return "".join(c for c in name.lower().replace("+", "p") if c.isalnum())
+
+
+# {a solver's or schedule's name in another program, `plain`: the name here}. Those of AUTOMATIC1111's web UI, ComfyUI
+# and stable-diffusion.cpp; the first counts its `uniform` levels as ComfyUI its `normal` ones.
+SAMPLERS = {plain(name): ours for ours, theirs in options.SAMPLERS.items() for name in (ours, theirs)} | {
+    "dpmpp2msdegpu": "dpmpp_2m_sde",
+    "dpmpp3msdegpu": "dpmpp_3m_sde",
+    "unipcbh2": "unipc",
+}
+SCHEDULES = {plain(name): ours for ours, theirs in options.SPACINGS.items() for name in (ours, theirs)} | {
+    "uniform": "normal",
+}
 
 
 class Reading:
@@ -54,14 +36,16 @@ class Reading:
         self._known: dict[str, Field] = {f.name: f for f in fields(Settings)}
 
     def take(self, name: str, value: Any, told: str) -> None:
-        """Keep a setting where it, and the value, exist here, else leave it out as `told`; numbers may come as text."""
+        """Keep a setting where it, and the value, exist here, else leave it out as `told`; numbers may be texts."""
         if name not in self._known:
-            if value is None or _DONE.get(name) != value:
-                self.leave(told)
+            self.leave(told)
             return
-        if isinstance(value, str) and (of := kind(Settings, name)) in (int, float):
+        of = kind(Settings, name)
+        if of in (int, float) and isinstance(value, str):
             value = number(value)
             value = int(value) if of is int and isinstance(value, float) and value.is_integer() else value
+        elif of is str and isinstance(value, int | float):
+            value = str(value)
         choices = self._known[name].metadata["choices"]
         if value is None or (choices and value not in choices):
             self.leave(told)
