@@ -4,7 +4,9 @@ import gc
 import os
 import signal
 import time
+from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -12,11 +14,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from mmdit.common.command import Parser, exit_code, give, program, say
 from mmdit.common.errors import SettingsError
 from mmdit.common.files import sweep
-from mmdit.common.options import Mark, kind, of_each, rooms
+from mmdit.common.options import Mark, kind, marked, of_each, rooms
 from mmdit.driver.likeness import filled
-from mmdit.driver.output import Saver, check_writable, is_file, picture_path, save_dump
+from mmdit.driver.output import Saver, check_previews, check_writable, is_file, picture_path, preview_path, save_dump
 from mmdit.driver.pictures import check_pictures
 from mmdit.driver.prompts import Folders, read_prompts, told_at
+from mmdit.driver.repeat import settings_of_picture
 from mmdit.driver.settings import Settings, alone
 
 if TYPE_CHECKING:
@@ -51,22 +54,36 @@ def make_parser(options: type = Settings) -> Parser:
 def settings_of(arguments: Sequence[str] | None) -> Settings:
     """What a command line asks for."""
     parser = make_parser()
-    given = vars(parser.parse_args(arguments))
-    if given["like"] is not None:
-        usual = filled({"like": given["like"], "t5": given["t5"]})
-        parser.set_defaults(**usual)
-        given = vars(parser.parse_args(arguments)) | {"t5": usual["t5"]}
-    if given["prompt"] is None and given["prompts"] is None:
-        parser.error("expected a prompt, or --prompts FILE")
-    if given["prompts"] is not None:
-        if given["prompt"] is not None:
+    given = said_in(parser, arguments)
+    if not given.keys() & {"prompt", "prompts", "from_png"}:
+        parser.error("expected a prompt, --prompts FILE, or --from-png FILE")
+    if "prompts" in given:
+        if "prompt" in given:
             parser.error("expected a prompt or --prompts FILE, not both")
-        if given["dump"] is not None:
+        if "dump" in given:
             parser.error("--dump is for a single run, not for --prompts")
-        if is_file(given["out"]):
+        if is_file(given.get("out", "")):
             parser.error(f"--out: {given['out']}: expected a folder, for the pictures of --prompts")
         given["prompt"] = ""
-    return Settings(**given)
+    return Settings(**(repeating(given) if "from_png" in given else filled(given)))
+
+
+def said_in(parser: Parser, arguments: Sequence[str] | None) -> dict[str, Any]:
+    """The options that a command line gives, without those that it leaves at their defaults."""
+    unset = {a.dest: [] if isinstance(a.default, list) else object() for a in parser._actions}
+    found = vars(parser.parse_args(arguments, Namespace(**unset)))
+    return {name: value for name, value in found.items() if value is not unset[name] and value is not None}
+
+
+def repeating(given: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the picture that `from_png` names, with what the command line gives; says what is left out."""
+    found, left_out = settings_of_picture(given["from_png"])
+    if left_out:
+        say(f"{given['from_png']}: left out: {', '.join(left_out)}")
+    for hashed, mark in (("weights", Mark.LOADED), ("images", Mark.PICTURE)):
+        if given.keys() & set(marked(Settings, mark)):  # others are wanted
+            found.pop(hashed, None)
+    return {**found, **filled(given, found)}
 
 
 def run(settings: Settings) -> None:
@@ -96,13 +113,19 @@ def run(settings: Settings) -> None:
                     every.append(parts.check(line.settings))
             wanted = Folders().missing(every)
             skipped = sum(s.count for s in every) - len(wanted)
+        if settings.weights not in (None, parts.weights):
+            say(f"warning: {settings.from_png} was drawn by other weights")
+        if lines is None and settings.images not in (None, wanted[0][0].images):
+            say(f"warning: {settings.from_png} began with other pictures than there are now: {settings.init}")
+        if settings.preview is not None:
+            check_previews(path for _, path in wanted)
         if wanted:
             largest = max((s for s, _ in wanted), key=lambda s: (s.width or 0) * (s.height or 0))
             pipeline = Pipeline.from_settings(largest, parts)
             settle()
             seconds["load"] = time.perf_counter() - start - seconds["import"]
             show_plan(pipeline, pipeline.plan)
-            draw(pipeline, wanted, settings.dump, seconds)
+            draw(pipeline, wanted, settings, seconds)
     except USER_ERRORS as error:
         raise SettingsError(str(error)) from error
     whole = time.perf_counter() - start
@@ -111,19 +134,24 @@ def run(settings: Settings) -> None:
     say(f"{', '.join(f'{name} {value:.2f} s' for name, value in seconds.items())}; {whole:.2f} s in all")
 
 
-def draw(
-    pipeline: "Pipeline", wanted: list[tuple[Settings, Path]], dump: str | None, seconds: dict[str, float]
-) -> None:
-    """Draw and write pictures, each with the file that it is to go to; the time of each stage is added to `seconds`."""
+def draw(pipeline: "Pipeline", wanted: list[tuple[Settings, Path]], run: Settings, seconds: dict[str, float]) -> None:
+    """Draw and write pictures, each with the file that it is to go to; the time of each stage is added to `seconds`.
+
+    run: says what is written beside them.
+    """
     from mmdit.driver.loop import Drawing
+    from mmdit.driver.preview import Previews
     from mmdit.driver.watch import Trace
 
     pictures, paths = [s for s, _ in wanted], [path for _, path in wanted]
     for folder in {path.parent for path in paths}:
         sweep(folder)
-    traces = [] if dump is None else [Trace()]
-    with Saver(give) as save:
-        drawing = Drawing(pipeline, pictures, traces, seconds)
+    traces, dump = [] if run.dump is None else [Trace()], run.dump
+    previews = []
+    if run.preview is not None:
+        previews.append(Previews(run.preview, [preview_path(path) for path in paths], pipeline.preview))
+    with Saver(give) as save, previews[0] if previews else nullcontext():
+        drawing = Drawing(pipeline, pictures, [*traces, *previews], seconds)
         for i, image in drawing:
             save(image, drawing.settings[i], paths[i])
     seconds["save"] = save.waited

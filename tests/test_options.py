@@ -93,6 +93,9 @@ The model:
 --tokenizers None FOLDER
 --lora [] FILE|FOLDER[:SCALE]
 --variant None FILE|MODULE
+A small autoencoder:
+--taesd None FILE|FOLDER
+--taesd-decode False what
 How it is computed:
 --device 'auto' auto,cpu,cuda,mps
 --dtype 'auto' auto,bf16,fp16,fp32
@@ -101,6 +104,9 @@ How it is computed:
 --compile False what
 Memory:
 --memory 'auto' SIZE
+Watching, and repeating:
+--preview None N
+--from-png None FILE
 What is written, and a list in place of a prompt:
 --out 'out' FILE|FOLDER
 --prompts None FILE
@@ -140,7 +146,13 @@ def test_every_option_has_a_heading_and_a_help() -> None:
 def test_help_does_not_load_torch() -> None:
     """In a process of its own, nor does a mistake; every option is in the help."""
     code = "import sys, mmdit.run\ntry: mmdit.run.main({})\nfinally: print(sorted({{'torch'}} & {{*sys.modules}}))"
-    for arguments in (["--help"], ["x", "--steps", "many"], ["x", "--dump", "x"], ["--prompts", "none.txt"]):
+    for arguments in (
+        ["--help"],
+        ["x", "--steps", "many"],
+        ["x", "--dump", "x"],
+        ["--prompts", "none.txt"],
+        ["--from-png", "x"],
+    ):
         command = [sys.executable, "-c", code.format(arguments)]
         ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
         assert (ran.stderr.count("\n"), ran.stdout.splitlines()[-1]) == (arguments[0] != "--help", "[]")
@@ -231,9 +243,9 @@ OTHER = {
     "t5": "off", "t5_length": 77, "model": "m", "clip_l": "l", "clip_g": "g", "t5xxl": "t",
     "vae": "v", "tokenizers": "k", "lora": ("a:0.5",), "variant": "a.py", "weights": "w", "device": "cpu",
     "dtype": "fp32", "quantise": "int8", "attention": "math", "compile": True, "memory": "1GB", "out": "o",
-    "prompts": "p", "dump": "d",
+    "prompts": "p", "dump": "d", "taesd": "e", "taesd_decode": True, "preview": 2, "from_png": "f",
 }  # fmt: skip
-UNSEEN = {"count", "device", "memory", "out", "prompts", "dump"}
+UNSEEN = {"count", "device", "memory", "out", "prompts", "dump", "taesd", "preview", "from_png"}
 QUOTED = {name: f'{name}: "{text}"' for name, text in {
     "lora": "a:0.5", "cfg_interval": "0.2:0.9", "apg": "0:15:-0.5", "also": "a pig:0.5", "slg_interval": "0:0.3",
     "outpaint": "0,0,64,0", "sigmas": "1.0,0.5", "control_interval": "0:0.8",
@@ -256,7 +268,7 @@ def test_what_tells_pictures_apart(name: str) -> None:
     assert name in UNSEEN or identity(replace(unknown, **{name: OTHER[name]})) != identity(unknown)
 
 
-@pytest.mark.parametrize("name", sorted(OTHER.keys() - {"prompts", "dump", "out", "count"}))
+@pytest.mark.parametrize("name", sorted(OTHER.keys() - {"prompts", "dump", "out", "count", "preview", "from_png"}))
 def test_parameters_has_every_setting(name: str) -> None:
     own = {"steps": "Steps", "cfg": "CFG scale", "seed": "Seed", "model": "Model", "negative": "Negative prompt"}
     own |= {"sampler": "Sampler", "schedule": "Schedule type"}
@@ -272,9 +284,9 @@ def test_parameters_has_every_setting(name: str) -> None:
 def test_marks() -> None:
     assert {*LOADED} == {
         "model", "clip_l", "clip_g", "t5xxl", "vae", "tokenizers", "lora", "t5", "dtype", "quantise", "device",
-        "compile", "variant", "embedding", "control",
+        "compile", "variant", "embedding", "control", "taesd", "taesd_decode",
     }  # fmt: skip
-    assert marked(Settings, Mark.OF_THE_RUN) == ("memory", "prompts", "dump")
+    assert marked(Settings, Mark.OF_THE_RUN) == ("memory", "preview", "from_png", "prompts", "dump")
     own = {f"{role}{encoder}" for role in ("prompt", "negative") for encoder in ("", "_clip_l", "_clip_g", "_t5")}
     own |= {"control_image", "control_mask", "control_pictures", "variation_seed", "variation_strength"}
     assert {*marked(Settings, Mark.OWN)} == {*own, "emphasis", "long_prompts", "seed", "count", "out"}

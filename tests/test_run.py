@@ -170,9 +170,7 @@ def test_the_settings_are_in_the_picture(desk: Desk, negative: str) -> None:
     assert re.fullmatch(r"mmdit( \d+\.\d+\.\d+)?", read.pop("Version"))
     assert read == {
         "Steps": "2", "Sampler": "Euler", "CFG scale": "4.5", "Seed": "8", "Size": "64x48", "Model": "toy",
-        "emphasis": "False", "long_prompts": "False", "t5": "on", "t5_length": "40", "dtype": "fp32",
-        "device": "cpu", "memory": "auto", "quantise": "none",
-        "attention": "auto", "compile": "False", "weights": weights,
+        "Schedule type": "Normal", "t5_length": "40", "dtype": "fp32", "device": "cpu", "weights": weights,
     }  # fmt: skip
 
 
@@ -190,7 +188,7 @@ MISTAKES = {
     "--width 100": "width 100 is not a multiple of 16: the nearest are 96 or 112",
     "--height 8": "height 8 is not a multiple of 16: the nearest are 16",
     "--width 528": "width 528 is more than the model's table of positions allows: 512 at most",
-    "--cfg-interval 0.9:0.2": "cfg_interval is '0.9:0.2': expected LOW:HIGH, shares of noise from 0 to 1",
+    "--cfg-interval 0.9:0.2": "cfg_interval is '0.9:0.2': expected LOW:HIGH, shares from 0 to 1",
     "--attention cudnn": "attention cudnn cannot be used: it needs a CUDA device, this is cpu",
     "--steps 0": "steps is 0",
     "--count 0": "count is 0",

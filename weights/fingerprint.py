@@ -46,6 +46,11 @@ def with_embeddings(model: str, files: Mapping[str, Path]) -> str:
     return _hash([model, [(word, of_file(path)) for word, path in files.items()]]) if files else model
 
 
+def with_autoencoder(model: str, files: Iterable[Path]) -> str:
+    """The hash of a model that decodes by another autoencoder, in these files."""
+    return _hash([model, "decoded by", *map(of_file, files)])
+
+
 def of_adapter(path: Path) -> str:
     """A hash of an adapter, a file or a folder; CheckpointError where it cannot be read."""
     return _of_folder(path) if path.is_dir() else of_file(path)

@@ -1,7 +1,7 @@
 """From settings to networks: which file becomes which module, on which device, in which number format."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,13 +21,18 @@ from mmdit.driver.settings import Settings, check_defaults, check_size, split_lo
 from mmdit.kernels.compiled import lacking
 from mmdit.kernels.quantise import QuantisedSource, quantised
 from mmdit.memory.devices import indexed
+from mmdit.memory.empty import on_meta
 from mmdit.memory.residency import Network
 from mmdit.variants import Variant
 from text_encoders import CLIPTokenizer, EncodesText, T5Tokenizer, TextEncoder, TokenizerError, Words
+from vae import TinyAutoencoder, VAEConfig
+from vae.tiny import DOWNSCALE, HALVES, tiny_config
 from weights import Checkpoint, CheckpointError, Component, Source, hub, open_checkpoint, published
 from weights.adapters import Adapters
 from weights.embeddings import read_embedding
-from weights.fingerprint import of_adapter, of_model, with_adapters, with_embeddings
+from weights.fill import fill
+from weights.fingerprint import of_adapter, of_model, with_adapters, with_autoencoder, with_embeddings
+from weights.tiny import open_tiny
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DEMO = Path(__file__).parents[2] / "weights" / "demo"
@@ -49,6 +54,7 @@ class Parts(NamedTuple):
     fingerprint: str  # a hash of the model's files
     weights: str  # the same with the adapters that the settings name
     controls: dict[str, str | None]  # the networks that are ControlNets, and the type that their files say
+    tiny: Callable[[], TinyAutoencoder] | None = None  # reads the small autoencoder, if there is one
 
     def check(self, settings: Settings) -> Settings:
         """The settings with the model's defaults, dtype and files; SettingsError for what this model cannot do."""
@@ -119,9 +125,41 @@ def load_parts(settings: Settings) -> Parts:
     configs = {name: module.config for name, module in modules.items()}
     fingerprint = of_model(components, configs, shift, folders.values(), [made.file] if made.file else [])
     fingerprint = with_embeddings(fingerprint, embeddings)
+    tiny, files = None, []
+    if settings.taesd is not None:
+        tiny, files = tiny_of(
+            user_path("taesd", settings.taesd), modules["vae"].config, device, part_dtype("vae", dtype)
+        )
+    if settings.taesd_decode:
+        fingerprint = with_autoencoder(fingerprint, files)
     weights = with_adapters(fingerprint, [of_adapter(path) for path in planned])
     types = {name: opened.type for name, opened in controls.items()}
-    return Parts(networks, text, adapters, defaults, shift, device, dtype, fingerprint, weights, types)
+    return Parts(networks, text, adapters, defaults, shift, device, dtype, fingerprint, weights, types, tiny)
+
+
+def tiny_of(
+    path: Path, vae: VAEConfig, device: torch.device, dtype: torch.dtype
+) -> tuple[Callable[[], TinyAutoencoder], list[Path]]:
+    """What reads a small autoencoder, and its files; CheckpointError where it is none for this model."""
+    parts, modules = open_tiny(path), dict[str, Any]()
+    for name, part in parts.items():
+        try:
+            config = tiny_config(name, part.shapes)
+            modules[name] = on_meta(HALVES[name].build, config)
+        except (KeyError, ValueError, RuntimeError):
+            raise CheckpointError(f"{part.path}: no TAESD3: the first or the last layer of its {name}") from None
+        if (config.latent_channels, config.image_channels) != (vae.latent_channels, vae.image_channels):
+            raise CheckpointError(
+                f"{part.path}: a TAESD for latents of {config.latent_channels} channels, expected {vae.latent_channels}"
+            )
+        Source(modules[name], part)  # checks names and shapes
+    if vae.downscale != DOWNSCALE:
+        raise CheckpointError(f"{path}: a TAESD has cells of {DOWNSCALE} pixels, the model {vae.downscale}")
+
+    def read() -> TinyAutoencoder:
+        return TinyAutoencoder(**{name: fill(module, parts[name], dtype, device) for name, module in modules.items()})
+
+    return read, [file for name in sorted(parts) for file in parts[name].files]
 
 
 def shift_of(checkpoint: Checkpoint) -> float:

@@ -1,13 +1,13 @@
 """What a user may say of the picture, of the model's files, and of where things go."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from mmdit.common.options import Mark, from_one, from_one_to, option, wrong
 from mmdit.common.paths import split_scale
 from mmdit.driver.likeness import LIKE
 
-_MOST = 100_000  # pictures of one prompt
+_MOST = 100_000  # pictures of one prompt, and steps from one preview to the next
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,27 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
+class WatchOptions:
+    """Watching, and repeating"""
+
+    preview: int | None = option(
+        None,
+        "every N steps write the picture that is to come beside the result, as NAME.preview.png, until that is drawn",
+        Mark.OF_THE_RUN,
+        Mark.NOT_SEEN,
+        metavar="N",
+        check=from_one_to(_MOST),
+    )
+    from_png: str | None = option(
+        None,
+        "repeat this picture from what it says of itself; what else is given here comes first",
+        Mark.OF_THE_RUN,
+        Mark.NOT_SEEN,
+        metavar="FILE",
+    )
+
+
+@dataclass(frozen=True)
 class OutputOptions:
     """What is written, and a list in place of a prompt"""
 
@@ -113,3 +134,7 @@ class OutputOptions:
         Mark.NOT_SEEN,
         metavar="FILE.safetensors",
     )
+
+
+# What is no setting of a picture from Python, and not of interest to other tools.
+OF_THE_COMMAND = tuple(f.name for room in (WatchOptions, OutputOptions) for f in fields(room))

@@ -10,7 +10,7 @@ import time
 import unicodedata
 import warnings
 from collections import deque
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -25,7 +25,7 @@ from mmdit.common.errors import SettingsError
 from mmdit.common.files import beside, put, put_new
 from mmdit.common.jsons import parse_json
 from mmdit.common.paths import user_path
-from mmdit.driver.options import OutputOptions
+from mmdit.driver.options import OF_THE_COMMAND
 from mmdit.driver.pictures import result_size
 from mmdit.driver.settings import Settings
 from samplers.options import SAMPLERS, SPACINGS
@@ -134,6 +134,23 @@ def picture_path(settings: Settings, index: int = 0, count: int = 1, taken: Cont
     return next(path for path in names(settings) if path not in taken and not path.exists())
 
 
+def preview_path(path: Path) -> Path:
+    """Where the previews of the picture that goes to this path are."""
+    return path.with_name(f"{path.stem}.preview.png")
+
+
+def check_previews(paths: Iterable[Path]) -> None:
+    """Raise SettingsError where a preview cannot have its name, or would replace a picture of this program's.
+
+    paths: of all pictures that are to be drawn. A preview that a killed run left is no such picture.
+    """
+    every = {os.path.realpath(path) for path in paths}
+    for path in every:
+        preview = user_path("preview", str(preview_path(Path(path))))
+        if str(preview) in every or preview.is_dir() or settings_in(preview) is not None:
+            raise SettingsError(f"preview: {preview} would be replaced, which is no preview: give --out another name")
+
+
 def names(settings: Settings) -> Iterator[Path]:
     """The names that a picture may have in its folder, best first, without end."""
     out, name = Path(settings.out).expanduser(), stem(settings)
@@ -156,7 +173,7 @@ def parameters(settings: Settings) -> str:
     """The settings as the text that picture tools read from a PNG's `parameters` chunk.
 
     Prompt, negative prompt, then one line of `name: value` pairs (the form that AUTOMATIC1111's web UI introduced):
-    first the names those tools know, then all other settings under their own.
+    first the names those tools know, then all other settings that are not at their default, under their own.
     """
     known = {
         "Steps": settings.steps,
@@ -168,8 +185,10 @@ def parameters(settings: Settings) -> str:
         "Model": Path(settings.model).name if settings.model else "demo",
     }
     told = {"prompt", "negative", "sampler", "schedule", "steps", "cfg", "seed", "width", "height", "model", "count"}
-    told |= {f.name for f in fields(OutputOptions)}
-    own = {name: value for name, value in asdict(settings).items() if name not in told and value not in (None, ())}
+    told |= {*OF_THE_COMMAND}
+    plain = type(settings)()
+    own = {f.name: value for f in fields(settings) if (value := getattr(settings, f.name)) != getattr(plain, f.name)}
+    own = {name: value for name, value in own.items() if name not in told}
     pairs = ", ".join(f"{name}: {quoted(value)}" for name, value in {**known, **own, "Version": engine()}.items())
     negative = f"\nNegative prompt: {settings.negative}" if settings.negative else ""
     return f"{settings.prompt}{negative}\n{pairs}"

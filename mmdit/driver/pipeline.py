@@ -6,8 +6,10 @@
 Its stages can be called one by one as well (`mmdit.driver.stages`).
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -16,10 +18,13 @@ from PIL import Image
 from torch import Tensor
 
 from mmdit.common.errors import SettingsError
+from mmdit.common.options import Mark, marked
 from mmdit.driver.loading import Parts, load_parts
 from mmdit.driver.loop import Drawing
-from mmdit.driver.options import OutputOptions
-from mmdit.driver.settings import Settings, alone, settings_from, split_lora
+from mmdit.driver.options import OF_THE_COMMAND
+from mmdit.driver.preview import Glance
+from mmdit.driver.repeat import settings_of_picture
+from mmdit.driver.settings import LOADED, Settings, alone, settings_from, split_lora
 from mmdit.driver.stages import NotFiniteError, Stages
 from mmdit.driver.watch import OnStep, Stepped, Trace, Watcher
 from mmdit.kernels.compiled import compile_model
@@ -140,11 +145,39 @@ class Pipeline(Stages):
 
     def asked(self, keywords: dict[str, Any]) -> Settings:
         """What the keywords of a call ask for; SettingsError for an unknown one."""
-        for name in {f.name for f in fields(OutputOptions)} & keywords.keys():
+        for name in keywords.keys() & set(OF_THE_COMMAND):
             raise SettingsError(f"{name} belongs to the command line: save the pictures that this returns")
         if "prompt" not in keywords:
             raise SettingsError(f"a picture without a prompt: {keywords}")
         return settings_from(keywords, self.settings)
+
+    def repeat(self, path: str | Path, *, on_step: OnEachStep | None = None, **keywords: Any) -> list[Image.Image]:
+        """Draw a picture again from what its file says of itself; keywords, those of a call, come first.
+
+        What loading fixed (model, number format, ...) is that of this pipeline. A warning, on one line, tells what the
+        file says beside that and was left out. Raises one of USER_ERRORS.
+        """
+        given, left_out = settings_of_picture(path)
+        hashes = {name: given.pop(name, None) for name in marked(Settings, Mark.FOUND)}
+        for name in LOADED:
+            value = given.pop(name, getattr(self.settings, name))
+            differs = value not in (getattr(self.settings, name), self.actual.get(name))
+            if differs and name not in marked(Settings, Mark.PATH):
+                left_out.append(f"{name} {value}")
+        settings = replace(self.asked({**given, **keywords}), size=hashes["size"])
+        if hashes["weights"] not in (None, self.actual["weights"]):
+            left_out.append("other weights")
+        if left_out:
+            warnings.warn(f"{path}: left out: {', '.join(left_out)}", stacklevel=2)
+        return self.run(settings, watchers=watching(on_step)).images
+
+    @cached_property
+    def preview(self) -> Glance:
+        """What makes a quick picture of latents `(1, C, h, w)`, such as the `denoised` that `on_step` sees.
+
+        By TAESD where it was loaded, else of the mean colour of each cell.
+        """
+        return Glance(self)
 
     def run(
         self, settings: Settings, trace: dict[str, Tensor] | None = None, watchers: Sequence[Watcher] = ()

@@ -12,13 +12,14 @@ from mmdit.common.paths import user_path
 from mmdit.config import MMDiTConfig
 from mmdit.control.options import ControlOptions
 from mmdit.driver.likeness import filled
-from mmdit.driver.options import LikeOptions, ModelOptions, OutputOptions, PictureOptions
+from mmdit.driver.options import LikeOptions, ModelOptions, OutputOptions, PictureOptions, WatchOptions
 from mmdit.images.given import as_text
 from mmdit.images.options import ImageOptions
 from mmdit.memory.options import MemoryOptions
 from mmdit.options import ComputeOptions
 from samplers.options import GuidanceOptions, SamplerOptions
 from text_encoders.options import TextOptions
+from vae.options import TinyOptions
 
 __all__ = ["LOADED", "Settings", "split_lora", "user_path"]
 
@@ -27,8 +28,10 @@ __all__ = ["LOADED", "Settings", "split_lora", "user_path"]
 @dataclass(frozen=True)
 class Settings(
     OutputOptions,
+    WatchOptions,
     MemoryOptions,
     ComputeOptions,
+    TinyOptions,
     ModelOptions,
     TextOptions,
     LikeOptions,

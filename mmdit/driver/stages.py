@@ -76,6 +76,7 @@ class Stages:
         self.turn = self.adapters.turn = _CPU if self.device.type == "cpu" else RLock()
         self._attention = "auto"  # that of the transformer as it was built
         self._inside, self._let_go = 0, False
+        self.tiny = parts.tiny() if parts.tiny else None
 
     # ---- settings --------------------------------------------------------------------------------
 
@@ -313,7 +314,15 @@ class Stages:
 
         H and W are multiples of 8, as the transformer needs them of 16.
         """
-        return self.encode_values(pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1))
+        values = pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+        if self.tiny is None or self.tiny.encoder is None or not self.settings.taesd_decode:
+            return self.encode_values(values)
+        with self.computing():
+            values = values.to(self.device, part_dtype("vae", self.dtype))
+            stages = self.plan.stages
+            mean = self.tiny.encode_within(values, stages.get("init", stages["decode"]).working)
+        self.check_finite(mean, "the latents of a picture that was given")
+        return mean.float().contiguous()
 
     @torch.no_grad()
     def encode_values(self, values: Tensor) -> Tensor:
@@ -333,14 +342,16 @@ class Stages:
         truncated: to the level below, as some programs do.
         """
         with self.computing():
-            self.residency.use("vae")
             latents = latents.to(self.device, part_dtype("vae", self.dtype))
-            rows = self.plan.strip or latents.shape[2]
-            pin = self.plan.locked > 0
-            pictures = decode_in_strips(self.vae, latents, rows, "cpu", pin).float()  # (B, 3, H, W)
+            if self.tiny is not None and self.settings.taesd_decode:
+                pictures = self.tiny.decode_within(latents, self.plan.stages["decode"].working).float()
+            else:
+                self.residency.use("vae")
+                rows = self.plan.strip or latents.shape[2]
+                pin = self.plan.locked > 0
+                pictures = decode_in_strips(self.vae, latents, rows, "cpu", pin).float()  # (B, 3, H, W)
         self.check_finite(pictures, "the decoded picture")
-        levels = (pictures.clamp(-1, 1) + 1) * 127.5
-        return (levels.floor() if truncated else levels.round()).to(torch.uint8).permute(0, 2, 3, 1).cpu()
+        return as_pixels(pictures, truncated)
 
     def check_finite(self, values: Tensor, what: str) -> None:
         """Raise NotFiniteError for NaN or infinity."""
@@ -359,6 +370,15 @@ def generator_of(seed: int, rng: str) -> Callable[[tuple[int, ...]], Tensor]:
         return CudaNoise(seed)
     generator = torch.Generator().manual_seed(seed)
     return lambda shape: torch.randn(shape, generator=generator)
+
+
+def as_pixels(pictures: Tensor, truncated: bool = False) -> Tensor:
+    """Pictures `(B, 3, H, W)` in [-1, 1], clamped, to uint8 `(B, H, W, 3)` on the CPU.
+
+    Rounded to the nearest level; truncated: to the level below.
+    """
+    levels = (pictures.clamp(-1, 1) + 1) * 127.5
+    return (levels.floor() if truncated else levels.round()).to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
 
 def _convolutions() -> tuple[Any, str, Any]:
