@@ -125,7 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=None, help="folder (default: the demo model)")
     parser.add_argument("--pictures", type=int, default=2, help="of which distances are taken")
-    parser.add_argument("--scenes", type=int, default=24, help="that are judged")
+    parser.add_argument("--scenes", type=int, default=16, help="that are judged")
     parser.add_argument("--out", type=Path, default=None, help="write the tables here too")
     args = parser.parse_args()
     start, processor = time.perf_counter(), time.process_time()
