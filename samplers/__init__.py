@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from samplers.guidance import Term, classifier_free_guidance, combined, unguided
     from samplers.masked import keeping, noised
     from samplers.noise import spherical
-    from samplers.schedule import SCHEDULES, Schedule, shift_sigma, shifted_sigmas
+    from samplers.schedule import SCHEDULES, Schedule, scheduled, shift_for, shift_sigma, shifted_sigmas
     from samplers.solvers import SOLVERS, euler
 
 __all__ = [
@@ -56,6 +56,8 @@ __all__ = [
     "guided",
     "keeping",
     "noised",
+    "scheduled",
+    "shift_for",
     "shift_sigma",
     "shifted_sigmas",
     "solver",
@@ -69,6 +71,6 @@ __getattr__ = lazy(__name__, {
     "guidance": ["Term", "classifier_free_guidance", "combined", "unguided"],
     "masked": ["keeping", "noised"],
     "noise": ["spherical"],
-    "schedule": ["SCHEDULES", "Schedule", "shift_sigma", "shifted_sigmas"],
+    "schedule": ["SCHEDULES", "Schedule", "scheduled", "shift_for", "shift_sigma", "shifted_sigmas"],
     "solvers": ["SOLVERS", "euler"],
 })  # fmt: skip

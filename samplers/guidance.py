@@ -141,18 +141,18 @@ def rescaled(share: float) -> Term:
 # ---- from a worse prediction -----------------------------------------------------------------------
 
 
-def away_from(change: Hashable, scale: float, interval: tuple[float, float] = (0.0, 1.0)) -> Term:
+def away_from(change: Hashable, scale: float, when: Callable[[Moment], bool] = lambda _: True) -> Term:
     """Push away from the prediction of the network as changed: velocity + scale (cond - worse).
 
     With blocks left out it is skip-layer guidance (Stability AI, sd3.5, `SkipLayerCFGDenoiser`); with attention
     perturbed, Ahn et al. 2024 (arXiv 2403.17377), equation 8.
 
-    interval: strictly between these shares of the steps done, as Stability AI and diffusers count them.
+    change: how the network is changed. when: whether it acts at a moment.
     """
-    worse, (low, high) = Ask(change=change), interval
+    worse = Ask(change=change)
 
     def asks(at: Moment) -> Sequence[Ask]:
-        return (worse,) if low * at.steps < at.step < high * at.steps else ()
+        return (worse,) if when(at) else ()
 
     return Term(asks, lambda velocity, given, _: velocity + scale * (given[COND] - given[worse]))
 

@@ -1,19 +1,103 @@
 """What a user may say of sampling."""
 
-from dataclasses import dataclass
-from typing import Any
+from array import array
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, Self
 
 from mmdit.common.errors import SettingsError
 from mmdit.common.options import Check, from_one_to, option, shown, wrong
+from mmdit.common.paths import user_path
 
-# Names only: what they stand for loads PyTorch (`samplers.SOLVERS`, `samplers.SCHEDULES`).
-SAMPLERS = ("euler",)
-SPACINGS = ("normal",)
+# The names of solvers and schedules, with those that other programs write into pictures. What they stand for loads
+# PyTorch: `samplers.SOLVERS`, `samplers.SCHEDULES`.
+SAMPLERS = {
+    "euler": "Euler",
+    "heun": "Heun",
+    "dpmpp_2m": "DPM++ 2M",
+    "dpmpp_2m_sde": "DPM++ 2M SDE",
+    "dpmpp_3m_sde": "DPM++ 3M SDE",
+    "euler_ancestral": "Euler a",
+    "unipc": "UniPC",
+    "deis": "DEIS",
+    "lms": "LMS",
+    "res_multistep": "Res Multistep",
+}
+SPACINGS = {
+    "normal": "Normal",
+    "sgm_uniform": "SGM Uniform",
+    "simple": "Simple",
+    "beta": "Beta",
+    "karras": "Karras",
+    "exponential": "Exponential",
+    "linear": "Linear",
+    "discrete": "Discrete",
+}
 
 _MOST_STEPS = 100_000
+_MOST_BYTES = 10_000_000  # of a file of noise levels
 
 
 # ---- what texts stand for --------------------------------------------------------------------------
+
+
+def shift_of(text: str) -> float | None:
+    """What `shift` names, None for auto; SettingsError for what is neither."""
+    if text == "auto":
+        return None
+    try:
+        shift = float(text)
+    except ValueError:
+        shift = 0.0
+    if not 1e-3 <= shift <= 1e3:
+        raise wrong("shift", text, "a number from 0.001 to 1000, or auto")
+    return shift
+
+
+def sigmas_in(text: str) -> list[float]:
+    """The noise levels that `sigmas` names, written out or in a file, without a 0 at the end; SettingsError."""
+    numbers = _numbers(text)
+    where = "sigmas is"
+    if numbers is None:
+        numbers, where = _numbers(_read(text)), f"sigmas: {text} has"
+        if numbers is None:
+            raise SettingsError(f"{where} what is no number: expected numbers between commas or blanks")
+    levels = numbers[:-1] if numbers[-1:] == [0.0] else numbers
+    short = array(
+        "f", [level if abs(level) <= 2 else 2.0 for level in levels]
+    ).tolist()  # as they will be computed with
+    if not short or not all(0 < level <= 1 for level in short):
+        raise SettingsError(f"{where} {shown(text)}: expected noise levels above 0, up to 1")
+    for before, after in pairwise(short):
+        if not after < before:
+            raise SettingsError(f"{where} {after:g} after {before:g}: expected levels that fall")
+    if len(levels) > _MOST_STEPS:
+        raise SettingsError(f"{where} {len(levels)} levels: expected at most {_MOST_STEPS}")
+    return levels
+
+
+def _numbers(text: str) -> list[float] | None:
+    try:
+        return [float(part) for part in text.replace(",", " ").split()]
+    except ValueError:
+        return None
+
+
+def _read(text: str) -> str:
+    if "\0" in text:
+        raise wrong("sigmas", text, "falling numbers, as in 1,0.6,0.2, or a file of them")
+    path = user_path("sigmas", text)
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MOST_BYTES + 1)
+        if len(data) <= _MOST_BYTES:
+            return data.decode()
+        raise SettingsError(f"sigmas: {path}: more than {_MOST_BYTES} bytes, which are no noise levels")
+    except UnicodeDecodeError:
+        raise SettingsError(f"sigmas: {path}: no text: expected numbers between commas or blanks") from None
+    except OSError as error:
+        hint = f"{error.strerror or error}: expected falling numbers, as in 1,0.6,0.2, or a file of them"
+        raise SettingsError(f"sigmas is {shown(text)}: {hint}") from None
 
 
 def interval_of(text: str | None, name: str = "cfg_interval") -> tuple[float, float]:
@@ -65,6 +149,14 @@ def weighted(text: str) -> tuple[str, float]:
 # ---- checks ----------------------------------------------------------------------------------------
 
 
+def _shift(_: str, value: Any) -> None:
+    shift_of(value)
+
+
+def _sigmas(_: str, value: Any) -> None:
+    sigmas_in(value)
+
+
 def _interval(name: str, value: Any) -> None:
     interval_of(value, name)
 
@@ -99,9 +191,42 @@ def between(least: float, most: float) -> Check:
 class SamplerOptions:
     """How it is denoised"""
 
-    sampler: str = option("euler", "the solver of the flow", choices=SAMPLERS)
-    schedule: str = option("normal", "how noise levels are spaced", choices=SPACINGS)
+    sampler: str = option("euler", "the solver of the flow", choices=tuple(SAMPLERS))
+    schedule: str = option("normal", "how noise levels are spaced", choices=tuple(SPACINGS))
     steps: int | None = option(None, "denoising steps", usual=28, metavar="N", check=from_one_to(_MOST_STEPS))
+    shift: str | None = option(
+        None,
+        "move noise levels towards noise, 1: not at all; auto: by the picture's size (default: the model's own)",
+        metavar="X|auto",
+        check=_shift,
+    )
+    sigmas: str | None = option(
+        None, "the noise levels at which steps begin, as 1,0.6,0.2", metavar="X,X,...|FILE", check=_sigmas
+    )
+
+    def written(self) -> Self:
+        """With shift and noise levels as text, the levels of a file in its place, and so many steps; SettingsError."""
+        told, numbers = self, (int, float)
+        if isinstance(self.shift, numbers) and not isinstance(self.shift, bool):
+            told = replace(told, shift=repr(self.shift))
+        if isinstance(self.sigmas, list | tuple) and all(isinstance(level, numbers) for level in self.sigmas):
+            told = replace(told, sigmas=",".join(map(repr, self.sigmas)))
+        if not isinstance(told.sigmas, str):
+            return told
+        levels = sigmas_in(told.sigmas)
+        steps = len(levels) if self.steps is None else self.steps
+        return replace(told, sigmas=",".join(map(repr, levels)), steps=steps)
+
+    def check_together(self) -> None:
+        if self.sigmas is None:
+            return
+        count = len(sigmas_in(self.sigmas))
+        if self.steps is not None and self.steps != count:
+            raise SettingsError(f"steps is {self.steps}, but sigmas has {count}: expected one of them, or the same")
+        if self.schedule != "normal":
+            raise SettingsError(f"schedule is {self.schedule}, but sigmas says all levels: expected one of them")
+        if self.shift is not None:
+            raise SettingsError(f"shift is {self.shift}, but sigmas are taken as they are: expected one of them")
 
 
 @dataclass(frozen=True)

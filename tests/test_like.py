@@ -11,7 +11,7 @@ from mmdit.driver.likeness import RULES, acts
 from mmdit.driver.options import LikeOptions
 from mmdit.driver.settings import SD35_MEDIUM_DEFAULTS, Settings, settings_from
 from mmdit.run import settings_of
-from samplers import shifted_sigmas
+from samplers import Moment, shifted_sigmas
 from samplers.philox import CudaNoise
 
 # ---- settings --------------------------------------------------------------------------------------
@@ -61,8 +61,9 @@ def test_every_program_has_its_rules() -> None:
 )  # fmt: skip
 def test_when_skip_layers_act(counts: str, interval: tuple[float, float], steps: int, expected: range) -> None:
     """Against the steps that were worked out for each program, on the schedule of SD3's published pipelines."""
-    sigmas = shifted_sigmas(steps).tolist()
-    assert [i for i in range(steps) if acts(counts, interval, i, steps, sigmas[i], 3.0)] == list(expected)
+    sigmas = shifted_sigmas(steps)
+    every = [Moment(sigmas, sigmas[i], i, steps) for i in range(steps)]
+    assert [at.step for at in every if acts(counts, interval, at, 3.0)] == list(expected)
 
 
 # ---- noise -----------------------------------------------------------------------------------------

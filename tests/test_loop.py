@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from toys import toy_folder
 from mmdit.driver import texts as encoding
 from mmdit.driver.loop import OWN, Canvas, Drawing, Picture, kind
 from mmdit.driver.pipeline import Pipeline
+from mmdit.driver.sampling import guidance_of
 from mmdit.driver.settings import Settings, alone
 from mmdit.driver.texts import encode
 from mmdit.driver.watch import Drawn, Encoded, Stepped, Watcher
@@ -163,7 +165,7 @@ def test_each_is_drawn_by_its_own_settings(pipeline: Pipeline) -> None:
     pictures = [pipeline.check(replace(pipeline.settings, prompt="a horse", **row)) for row in rows]
     asked: list[str] = []
     predict = pipeline.predict
-    pipeline.predict = lambda x, r, attention: asked.append(attention) or predict(x, r, attention)  # type: ignore
+    pipeline.predict = lambda x, r, by, *more: asked.append(by) or predict(x, r, by, *more)  # type: ignore
     ends: dict[int, torch.Tensor] = {}
 
     class Ends(Watcher):
@@ -192,7 +194,9 @@ def pictures_of(pipeline: Pipeline, rows: list[dict[str, Any]]) -> tuple[list[Pi
     for i, s in enumerate(every):
         assert s.width and s.height and s.steps
         noise, sigmas = pipeline.noise(s.width, s.height, [s.seed]), shifted_sigmas(s.steps, pipeline.shift)
-        made.append(Picture(i, s, noise, sigmas, lambda *_: None, lambda: torch.randn_like))
+        made.append(
+            Picture(i, s, noise, sigmas, lambda *_: None, partial(guidance_of, s, 3.0), lambda: torch.randn_like)
+        )
     return made, Canvas(pipeline, texts)
 
 

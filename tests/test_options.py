@@ -50,9 +50,11 @@ ControlNets; what is said of several is repeated, in one order:
 --control-type [] TYPE
 --control-map 'auto' auto,diffusers,stability
 How it is denoised:
---sampler 'euler' euler
---schedule 'normal' normal
+--sampler 'euler' euler,heun,dpmpp_2m,dpmpp_2m_sde,dpmpp_3m_sde,euler_ancestral,unipc,deis,lms,res_multistep
+--schedule 'normal' normal,sgm_uniform,simple,beta,karras,exponential,linear,discrete
 --steps None N
+--shift None X|auto
+--sigmas None X,X,...|FILE
 How it is guided:
 --cfg None X
 --cfg-interval None LOW:HIGH
@@ -217,7 +219,7 @@ OTHER = {
     "cfg_interval": "0.2:0.9", "sampler": "heun", "schedule": "karras", "cfg_schedule": "linear", "cfg_rescale": 0.7,
     "cfg_zero": True, "apg": "0:15:-0.5", "also": ("a pig:0.5",), "slg": 2.5, "slg_layers": "7",
     "slg_interval": "0:0.3", "pag": 3.0, "pag_layers": "13", "cache": 0.05,
-    "like": "comfyui", "rng": "cuda",
+    "like": "comfyui", "rng": "cuda", "shift": "1.5", "sigmas": "1.0,0.5",
     "prompt_clip_l": "k", "prompt_clip_g": "j", "prompt_t5": "i", "negative_clip_l": "h", "negative_clip_g": "f",
     "negative_t5": "e", "emphasis": True, "long_prompts": True, "embedding": ("q.safetensors",), "clip_chunks": 2,
     "t5_tokens": 300,
@@ -234,7 +236,7 @@ OTHER = {
 UNSEEN = {"count", "device", "memory", "out", "prompts", "dump"}
 QUOTED = {name: f'{name}: "{text}"' for name, text in {
     "lora": "a:0.5", "cfg_interval": "0.2:0.9", "apg": "0:15:-0.5", "also": "a pig:0.5", "slg_interval": "0:0.3",
-    "outpaint": "0,0,64,0", "control_interval": "0:0.8",
+    "outpaint": "0,0,64,0", "sigmas": "1.0,0.5", "control_interval": "0:0.8",
 }.items()} | {
     "control": "control: net", "control_image": "control_image: edges.png", "control_scale": "control_scale: 0.5",
     "control_type": "control_type: canny",
@@ -257,7 +259,10 @@ def test_what_tells_pictures_apart(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(OTHER.keys() - {"prompts", "dump", "out", "count"}))
 def test_parameters_has_every_setting(name: str) -> None:
     own = {"steps": "Steps", "cfg": "CFG scale", "seed": "Seed", "model": "Model", "negative": "Negative prompt"}
-    value = OTHER[name][0] if isinstance(OTHER[name], tuple) else OTHER[name]
+    own |= {"sampler": "Sampler", "schedule": "Schedule type"}
+    value = {"sampler": "Heun", "schedule": "Karras"}.get(
+        name, OTHER[name][0] if isinstance(OTHER[name], tuple) else OTHER[name]
+    )
     expected = {"prompt": "x\n", "width": "Size: 32x1024", "height": "Size: 1024x32", **QUOTED}.get(
         name, f"{own.get(name, name)}: {value}"
     )  # fmt: skip

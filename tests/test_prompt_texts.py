@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -22,9 +22,10 @@ from mmdit.common.errors import SettingsError
 from mmdit.driver.loading import Parts, load_parts
 from mmdit.driver.loop import Drawing, kind
 from mmdit.driver.pipeline import Pipeline
+from mmdit.driver.reading import fitted
 from mmdit.driver.settings import Settings, identity
 from mmdit.driver.texts import texts_of
-from text_encoders import Prompt, TextEncoder
+from text_encoders import EncodesText, Prompt, TextEncoder
 from text_encoders.prompts import weighted
 from weights import CheckpointError
 from weights.embeddings import read_embedding
@@ -99,6 +100,20 @@ def test_a_texts_identity_is_all_that_its_encoding_depends_on(pipe: Pipeline) ->
     assert len({*prompts}) == len(changes) - 1 and prompts[-1] == prompts[0]
     # Only lengths keep pictures from being drawn together.
     assert len({kind(s) for s in all_settings}) == 3
+
+
+def test_what_the_models_encoders_cannot_read_is_refused(pipe: Pipeline) -> None:
+    """A text for an encoder that a variant has not, and any of it where a variant reads texts in its own way."""
+    assert isinstance(pipe.text, TextEncoder)
+    one, none = replace(pipe.text, clip_g=None, tokenizer_g=None), cast("EncodesText", object())
+    base = pipe.check(replace(pipe.settings, prompt="a horse"))
+    assert fitted(replace(base, prompt_clip_l="x", prompt_t5="y", emphasis=True), one).prompt_t5 == "y"
+    assert fitted(replace(base, negative="x"), none).negative == "x"
+    with pytest.raises(SettingsError, match=r"^negative_clip_g: the model has no clip_g$"):
+        fitted(replace(base, negative_clip_g=""), one)
+    for name, value in {"prompt_t5": "x", "emphasis": True, "long_prompts": True}.items():
+        with pytest.raises(SettingsError, match=f"^{name}: the model's variant reads texts in a way of its own"):
+            fitted(replace(base, **{name: value}), none)
 
 
 # ---- emphasis --------------------------------------------------------------------------------------

@@ -5,7 +5,10 @@ a picture is drawn.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from samplers import Moment
 
 LIKE = ("stability", "diffusers", "comfyui", "sdcpp", "kohya", "focus")
 
@@ -62,13 +65,14 @@ def filled(given: Mapping[str, Any], of_base: Mapping[str, Any] | None = None) -
     return found if t5 == "on" else {**found, "t5": mode if t5 == "off" else t5}
 
 
-def acts(counts: str, interval: tuple[float, float], step: int, steps: int, sigma: float, shift: float) -> bool:
-    """Whether skip-layer guidance acts at this step, from 0, by who counts.
+def acts(counts: str, interval: tuple[float, float], at: "Moment", shift: float) -> bool:
+    """Whether skip-layer guidance acts at this moment, by who counts. shift: of the noise levels.
 
     "steps": strictly between these shares of the steps (Stability AI, diffusers). "noise": between the noise levels at
     these shares of the schedule, bounds included (ComfyUI). "steps from 1": stable-diffusion.cpp.
     """
     low, high = interval
+    step, steps, sigma = at.step, at.steps, float(at.sigma)
     if counts == "noise":
         from_noise = [shift * (1 - share) / (1 + (shift - 1) * (1 - share)) for share in (high, low)]
         return from_noise[0] <= sigma <= from_noise[1]

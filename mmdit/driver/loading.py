@@ -16,7 +16,7 @@ from mmdit.driver.controls import check_pictures, open_controls
 from mmdit.driver.defaults import default_settings
 from mmdit.driver.pictures import enlarged, settled
 from mmdit.driver.reading import fitted
-from mmdit.driver.sampling import with_layers
+from mmdit.driver.sampling import sigmas_of, with_layers, with_shift
 from mmdit.driver.settings import Settings, check_defaults, check_size, split_lora, user_path
 from mmdit.kernels.compiled import lacking
 from mmdit.kernels.quantise import QuantisedSource, quantised
@@ -63,6 +63,8 @@ class Parts(NamedTuple):
         for part in (config, *(net.config for net in nets.values())):
             check_size(settings, part, cell)
             check_size(largest, part, cell)
+        settings = with_shift(settings, self.shift, self.defaults)
+        sigmas_of(settings, self.shift)  # there may be no so many noise levels
         return check_pictures(fitted(with_layers(settings, config.depth), self.text), nets)
 
     @property

@@ -17,8 +17,9 @@ from mmdit.common.options import Mark, marked
 from mmdit.control.options import ControlOptions
 from mmdit.control.rows import Control
 from mmdit.driver.controlling import Controlling, controlling
+from mmdit.driver.likeness import RULES
 from mmdit.driver.pictures import enlarged
-from mmdit.driver.sampling import changes, guidance_of, sigmas_of, solver_of
+from mmdit.driver.sampling import changed, guidance_of, sigmas_of, solver_of
 from mmdit.driver.settings import Settings
 from mmdit.driver.stages import Stages
 from mmdit.driver.starting import Start, noise_of, started, way_of
@@ -28,7 +29,7 @@ from mmdit.images.options import steps_of
 from mmdit.memory.plan import Job, Plan
 from mmdit.memory.residency import Mode, Role, of_role
 from mmdit.prepared import Prepared, Row
-from samplers import Ask, Evaluation, Moment, Source, Step, drawing
+from samplers import Ask, Evaluation, Guidance, Moment, Source, Step, drawing
 
 _TOKENS = {"cuda": 2**16}  # denoised at a time: more are no faster, and make the first picture late
 _TOKENS_ELSEWHERE = 2**13
@@ -58,13 +59,14 @@ class Picture:
         start: Tensor,
         sigmas: Tensor,
         tell: "Callable[[Picture, Event], None]",
-        source: "Callable[[], Source]",
+        guidance: Callable[[], Guidance],
+        source: Callable[[], Source],
         keep: Callable[[Step], Tensor] | None = None,
     ) -> None:
         """start: `(1, C, h, w)`, float32, where it is to be denoised. sigmas: the noise levels of its steps.
 
-        tell: called after each of them. source: makes the noise that a stochastic solver takes, anew. keep: gives the
-        latents to go on with after a step, if not the step's own.
+        tell: called after each of them. guidance, source: make its guidance, and the noise that a stochastic solver
+        takes, anew. keep: gives the latents to go on with after a step, if not the step's own.
         """
         self.index, self.settings, self.start, self.sigmas = index, settings, start, sigmas
         self.prepared: Prepared | None = None
@@ -72,11 +74,12 @@ class Picture:
         self.nets: dict[str, Prepared] = {}  # its texts, by the ControlNets
         self.texts: dict[str, int] = {}  # its rows in `prepared`
         self.stopped = False
-        self._tell, self._source, self._solver, self._keep = tell, source, solver_of(settings), keep
+        self._tell, self._guidance, self._source = tell, guidance, source
+        self._solver, self._keep = solver_of(settings), keep
         self.begin()
 
     def begin(self) -> None:
-        guidance, source = guidance_of(self.settings), self._source()
+        guidance, source = self._guidance(), self._source()
         self._way: Any = drawing(self._solver, guidance, self.start, self.sigmas, self._step, source)
         self.latents: Tensor | None = None
         self._send(None)
@@ -236,7 +239,7 @@ class Drawing:
         """One pass of pictures, by their indices, which are of one kind."""
         first = next(iter(alike.values()))
         apart = len({tuple(texts_of(s).values()) for s in alike.values()}) > 1
-        job = self._stages.job(first, waiting=waiting, apart=apart, changed=len(changes(first)))
+        job = self._stages.job(first, waiting=waiting, apart=apart, changed=changed(first))
         job = job._replace(count=self._at_a_time(job, len(alike)))
         canvas, queue = Canvas(self._stages, texts), deque[int | Picture](alike)
         with self._stages.turn:
@@ -286,9 +289,9 @@ class Drawing:
         stages, actual = self._stages, self._stages.actual
         self.settings[index], s = replace(self.pictures[index], **actual), replace(alike[index], **actual)
         sigmas, noise = sigmas_of(s, stages.shift), noise_of(stages, s)
-        latents, keep = way_of(start, noise, sigmas)
-        source = partial(stages.noise_source, s.seed, noise, s.rng)
-        picture = Picture(index, s, latents, sigmas, self._tell, source, keep)
+        latents, keep = way_of(start, noise, sigmas, stages.dtype if RULES[s.like].rounds_latents else None)
+        guidance, source = partial(guidance_of, s, stages.shift), partial(stages.noise_source, s.seed, noise, s.rng)
+        picture = Picture(index, s, latents, sigmas, self._tell, guidance, source, keep)
         picture.controls = self._controls.get(pictures_of(s), [])
         own = {name: texts[text] for name, text in texts_of(s).items()}
         event = Encoded(settings=s, index=index, texts=own, noise=noise, sigmas=sigmas)
@@ -307,7 +310,9 @@ class Drawing:
     def _decode(self, picture: Picture, job: Job, start: Start | None) -> Image.Image:
         latents, s = picture.latents, picture.settings
         assert latents is not None
-        pixels = self._stages.stage("decode", job, self._seconds, lambda: self._stages.decode(latents))
+        pixels = self._stages.stage(
+            "decode", job, self._seconds, lambda: self._stages.decode(latents, RULES[s.like].truncates_pixels)
+        )
         image = Image.fromarray(pixels[0].numpy())
         image = image if start is None else start.beginning.finish(image, s.mask_edges)
         if s.upscale is None:  # else there is a second pass

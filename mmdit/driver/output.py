@@ -28,6 +28,7 @@ from mmdit.common.paths import user_path
 from mmdit.driver.options import OutputOptions
 from mmdit.driver.pictures import result_size
 from mmdit.driver.settings import Settings
+from samplers.options import SAMPLERS, SPACINGS
 
 _END = b"\0\0\0\0IEND\xaeB`\x82"  # of every PNG file
 _BEHIND = 16  # pictures that may wait to be written
@@ -159,13 +160,14 @@ def parameters(settings: Settings) -> str:
     """
     known = {
         "Steps": settings.steps,
-        "Sampler": "Euler",
+        "Sampler": SAMPLERS[settings.sampler],
+        **({} if settings.sigmas else {"Schedule type": SPACINGS[settings.schedule]}),
         "CFG scale": settings.cfg,
         "Seed": settings.seed,
         "Size": "{}x{}".format(*result_size(settings)),
         "Model": Path(settings.model).name if settings.model else "demo",
     }
-    told = {"prompt", "negative", "steps", "cfg", "seed", "width", "height", "model", "count"}
+    told = {"prompt", "negative", "sampler", "schedule", "steps", "cfg", "seed", "width", "height", "model", "count"}
     told |= {f.name for f in fields(OutputOptions)}
     own = {name: value for name, value in asdict(settings).items() if name not in told and value not in (None, ())}
     pairs = ", ".join(f"{name}: {quoted(value)}" for name, value in {**known, **own, "Version": engine()}.items())

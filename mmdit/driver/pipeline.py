@@ -70,8 +70,8 @@ class Pipeline(Stages):
     def load(cls, model: str | Path | None = None, *, editable: bool = False, **keywords: Any) -> "Pipeline":
         """Load a diffusers folder, a single file or a model of the hub, or without an argument the demo model.
 
-        keywords: `clip_l`, `clip_g`, `t5xxl`, `vae`, `tokenizers`, `lora` and `embedding` (lists), `device`, `dtype`,
-        `t5`, `memory`, `quantise`, `compile`, as in Settings; without T5 its weights are not opened.
+        keywords: `clip_l`, `clip_g`, `t5xxl`, `vae`, `tokenizers`, `lora`, `embedding` and `control` (lists), `device`,
+        `dtype`, `t5`, `memory`, `quantise`, `compile`, as in Settings; without T5 its weights are not opened.
 
         editable: the weights lie in the modules as in any PyTorch program, all of them on the device: modules may be
         replaced, weights written to, parametrized or wrapped, and every picture drawn thereafter has it. Without it
@@ -98,9 +98,8 @@ class Pipeline(Stages):
     def __call__(self, prompt: str, *, on_step: OnEachStep | None = None, **keywords: Any) -> list[Image.Image]:
         """Draw. keywords: all of Settings that loading does not fix, as negative, seed, steps, cfg, init and mask.
 
-        They are as in Settings, which has more: other texts for an encoder, `emphasis`, `long_prompts`. on_step: called
-        after each step of each picture with what is to be seen there (`mmdit.driver.watch.Stepped`); it may stop the
-        picture, or all.
+        on_step: called after each step of each picture with what is to be seen there
+        (`mmdit.driver.watch.Stepped`); it may stop the picture, or all.
 
         Returns `count` pictures; picture i equals the single picture of seed + i within rounding. Raises one of
         USER_ERRORS.

@@ -1,16 +1,19 @@
 """From settings to how a picture is denoised: its solver, its noise levels, its guidance."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mmdit.altered import Change
 from mmdit.common.errors import SettingsError
+from mmdit.driver.likeness import RULES, acts
 from mmdit.driver.settings import Settings
 from mmdit.images.options import steps_of
-from samplers import NEGATIVE, PROMPT, SCHEDULES, SOLVERS, Guidance, Solver, Term, guidance
-from samplers.options import interval_of, layers_of, projection_of, weighted
+from samplers import NEGATIVE, PROMPT, SOLVERS, Guidance, Solver, Term, guidance, scheduled, shift_for
+from samplers.options import interval_of, layers_of, projection_of, shift_of, sigmas_in, weighted
 
 
 def solver_of(s: Settings) -> Solver:
@@ -20,10 +23,27 @@ def solver_of(s: Settings) -> Solver:
 def sigmas_of(s: Settings, shift: float) -> Tensor:
     """The noise levels of its steps, `(steps + 1,)`, float32; of image to image, those that are left.
 
-    shift: the model's own.
+    shift: the model's own. Raises SettingsError where a schedule has no so many.
     """
     assert s.steps
-    return SCHEDULES[s.schedule](s.steps, shift)[s.steps - steps_of(s) :]
+    if s.sigmas is not None:
+        every = torch.tensor([*sigmas_in(s.sigmas), 0.0])
+    else:
+        every = scheduled(s.schedule, s.steps, own_shift(s) or shift)
+    return every[s.steps - steps_of(s) :]
+
+
+def own_shift(s: Settings) -> float | None:
+    """A shift of the user's, as a number."""
+    return None if s.shift is None else shift_of(s.shift)
+
+
+def with_shift(s: Settings, shift: float, usual: dict[str, Any]) -> Settings:
+    """With a number for a shift of auto. shift: the model's own, for pictures of its `usual` width and height."""
+    if s.shift != "auto":
+        return s
+    assert s.width and s.height
+    return replace(s, shift=f"{shift_for(shift, s.width * s.height, usual['width'] * usual['height']):.6g}")
 
 
 def levels_of(s: Settings, shift: float) -> list[float]:
@@ -31,15 +51,21 @@ def levels_of(s: Settings, shift: float) -> list[float]:
     return sorted(set(solver_of(s).levels(sigmas_of(s, shift)).tolist()), reverse=True)
 
 
-def guidance_of(s: Settings) -> Guidance:
-    """A new one for each picture, since it may remember what it was told."""
+def guidance_of(s: Settings, shift: float) -> Guidance:
+    """A new one for each picture, since it may remember what it was told. shift: the model's own."""
     terms: list[Term] = []
     if s.also:
         terms.append(guidance.composition({also(i): weighted(text)[1] for i, text in enumerate(s.also)}))
     if s.cfg != 1:
         terms.append(_between_texts(s))
-    for way, scale, layers, interval in changes(s):
-        terms.append(guidance.away_from(Change(way, layers), scale, interval))
+    if s.slg:
+        assert s.slg_layers
+        counts, interval = RULES[s.like].slg_counts, interval_of(s.slg_interval)
+        when = partial(acts, counts, interval, shift=own_shift(s) or shift)
+        terms.append(guidance.away_from(Change("skip", layers_of(s.slg_layers)), s.slg, when))
+    if s.pag:
+        assert s.pag_layers
+        terms.append(guidance.away_from(Change("perturb", layers_of(s.pag_layers)), s.pag))
     if s.cfg_rescale:
         terms.append(guidance.rescaled(s.cfg_rescale))
     guide = guidance.combined(*terms)
@@ -58,16 +84,9 @@ def _between_texts(s: Settings) -> Term:
     return way(scale, interval)
 
 
-def changes(s: Settings) -> list[tuple[Any, float, tuple[int, ...], tuple[float, float]]]:
-    """By which changed networks it is guided: how they are changed, scale, blocks, shares of the steps."""
-    found: list[tuple[Any, float, tuple[int, ...], tuple[float, float]]] = []
-    if s.slg:
-        assert s.slg_layers
-        found.append(("skip", s.slg, layers_of(s.slg_layers), interval_of(s.slg_interval)))
-    if s.pag:
-        assert s.pag_layers
-        found.append(("perturb", s.pag, layers_of(s.pag_layers), (-1.0, 2.0)))  # always
-    return found
+def changed(s: Settings) -> int:
+    """How many evaluations by a changed network its guidance asks for at most."""
+    return bool(s.slg) + bool(s.pag)
 
 
 def also(i: int) -> str:

@@ -57,9 +57,9 @@ class Settings(
 
         Raises SettingsError.
         """
-        known = {**SD35_MEDIUM_DEFAULTS, **defaults}
-        missing = {name: value for name, value in known.items() if getattr(self, name) is None}
-        settings = replace(self, **missing)
+        known, told = {**SD35_MEDIUM_DEFAULTS, **defaults}, self.written()
+        missing = {name: value for name, value in known.items() if getattr(told, name) is None}
+        settings = replace(told, **missing)
         settings.check()
         return settings
 

@@ -327,8 +327,11 @@ class Stages:
         return mean.float().contiguous()
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents `(B, C, h, w)` to pixels, uint8 `(B, H, W, 3)` on the CPU, rounded to the nearest level."""
+    def decode(self, latents: Tensor, truncated: bool = False) -> Tensor:
+        """Latents `(B, C, h, w)` to pixels, uint8 `(B, H, W, 3)` on the CPU, rounded to the nearest level.
+
+        truncated: to the level below, as some programs do.
+        """
         with self.computing():
             self.residency.use("vae")
             latents = latents.to(self.device, part_dtype("vae", self.dtype))
@@ -336,7 +339,8 @@ class Stages:
             pin = self.plan.locked > 0
             pictures = decode_in_strips(self.vae, latents, rows, "cpu", pin).float()  # (B, 3, H, W)
         self.check_finite(pictures, "the decoded picture")
-        return ((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+        levels = (pictures.clamp(-1, 1) + 1) * 127.5
+        return (levels.floor() if truncated else levels.round()).to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
     def check_finite(self, values: Tensor, what: str) -> None:
         """Raise NotFiniteError for NaN or infinity."""

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmdit.driver.likeness import RULES
 from mmdit.driver.pictures import Beginning, beginning
 from mmdit.driver.settings import Settings
 from mmdit.driver.stages import Stages
@@ -39,12 +40,22 @@ def noise_of(stages: Stages, s: Settings) -> Tensor:
     if s.variation_seed is not None and s.variation_strength is not None:
         other = stages.noise(s.width, s.height, [s.variation_seed], s.rng)
         noise = spherical(noise, other, s.variation_strength)
-    return noise.to(stages.device)
+    narrow = {"float32": torch.float32, "float16": torch.float16, "model": stages.dtype}[RULES[s.like].noise]
+    return noise.to(narrow).float().to(stages.device)
 
 
-def way_of(start: Start | None, noise: Tensor, sigmas: Tensor) -> tuple[Tensor, Callable[[Step], Tensor] | None]:
-    """The latents at the first noise level, and what is to be done to those after each step, if anything."""
-    if start is None:
-        return noise, None
-    keep = None if start.mask is None else keeping(start.latents, noise, start.mask, sigmas)
-    return noised(start.latents, noise, sigmas[0]), keep
+def way_of(
+    start: Start | None, noise: Tensor, sigmas: Tensor, rounded: torch.dtype | None = None
+) -> tuple[Tensor, Callable[[Step], Tensor] | None]:
+    """The latents at the first noise level, and what is to be done to those after each step, if anything.
+
+    rounded: the number format that latents are rounded to after each step.
+    """
+    keep = None if start is None or start.mask is None else keeping(start.latents, noise, start.mask, sigmas)
+
+    def round_too(step: Step) -> Tensor:
+        x = step.x if keep is None else keep(step)
+        return x.to(rounded).to(x)
+
+    clean = torch.zeros_like(noise) if start is None else start.latents  # nothing is known of it: 0
+    return noised(clean, noise, sigmas[0]), keep if rounded in (None, torch.float32) else round_too

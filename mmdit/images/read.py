@@ -175,7 +175,7 @@ def _claimed_size(data: bytes) -> tuple[int, int] | None:
 
 def _turn(image: Image.Image) -> Any:
     with suppress(*_DAMAGE), _quietly():  # a damaged note is no reason to refuse a picture
-        return _UPRIGHT.get(image.getexif().get(_ORIENTATION))
+        return _UPRIGHT.get(image.getexif().get(_ORIENTATION, 0))
     return None
 
 
