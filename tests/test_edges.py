@@ -154,9 +154,9 @@ def test_a_call_inside_a_call_does_not_leave_its_plan(pipeline: Pipeline, monkey
         plans.append(plan)
         return plan
 
-    def decoded(latents: torch.Tensor) -> Any:
+    def decoded(latents: torch.Tensor, *more: Any) -> Any:
         strips.append((latents.shape[2], pipeline.plan.strip))
-        return decode(latents)
+        return decode(latents, *more)
 
     monkeypatch.setattr(pipeline, "plan_for", planned)
     monkeypatch.setattr(pipeline, "decode", decoded)
