@@ -251,12 +251,23 @@ def test_large_files_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_a_given_picture_is_a_text_of_its_content() -> None:
     image = Image.fromarray(SMOOTH)
-    given = as_text(image)
-    assert isinstance(given, str) and given == as_text(image.copy()) and given.startswith("picture-")
+    given = as_text("init", image)
+    assert isinstance(given, str) and given == as_text("init", image.copy()) and given.startswith("picture-")
     image.putpixel((0, 0), (1, 2, 3))
-    assert as_text(image) != given and np.array_equal(pixels(given), SMOOTH)
+    assert as_text("init", image) != given and np.array_equal(pixels(given), SMOOTH)
     assert look("init", given).content == given.removeprefix("picture-")
-    assert (as_text(None), as_text("a"), as_text(Path("a")), as_text(7)) == (None, "a", "a", 7)
+    assert tuple(as_text("init", value) for value in (None, "a", Path("a"), 7)) == (None, "a", "a", 7)
+
+
+def test_a_given_picture_that_cannot_be_used_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow reads late: what is damaged shows when it is given."""
+    path = Path(saved(tmp_path, Image.fromarray(DRAW.integers(0, 256, (24, 40, 3), np.uint8)), "a.png"))
+    path.write_bytes(path.read_bytes()[:1000])
+    with Image.open(path) as image, pytest.raises(SettingsError, match=r"^mask: .*a.png: is damaged"):
+        as_text("mask", image)
+    monkeypatch.setattr(read, "MOST_PIXELS", 100)
+    with pytest.raises(SettingsError, match=r"^init: the picture: is 11x10: expected at most 100 pixels"):
+        as_text("init", Image.new("L", (11, 10)))
 
 
 def test_content_counts_and_not_the_place(tmp_path: Path) -> None:

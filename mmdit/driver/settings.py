@@ -53,7 +53,7 @@ class Settings(
                     given = tuple(as_text(one) for one in given)
                 object.__setattr__(self, f.name, given)
             elif Mark.PICTURE in f.metadata["marks"]:
-                object.__setattr__(self, f.name, as_text(getattr(self, f.name)))
+                object.__setattr__(self, f.name, as_text(f.name, getattr(self, f.name)))
 
     def resolved(self, defaults: dict[str, Any]) -> "Settings":
         """With the model's `defaults`, then SD3.5-Medium's, in place of None; the result is checked.

@@ -22,12 +22,20 @@ class Given(str):
         return self
 
 
-def as_text(value: Any) -> Any:
-    """A picture or a path as the text that stands for it in a setting; anything else as it is."""
+def as_text(name: str, value: Any) -> Any:
+    """A picture or a path as the text that stands for it in a setting of this name; anything else as it is.
+
+    Raises SettingsError for a picture that is too large or, since Pillow reads late, cannot be read.
+    """
     if isinstance(value, PathLike):
         return str(value)
     if value is None or isinstance(value, str):
         return value
     from PIL import Image  # not loaded for a path's sake
 
-    return Given(value) if isinstance(value, Image.Image) else value
+    if not isinstance(value, Image.Image):
+        return value
+    from mmdit.images.read import check_image
+
+    check_image(name, value)
+    return Given(value)
