@@ -13,8 +13,7 @@ from mmdit.config import MMDiTConfig
 from mmdit.control.options import ControlOptions
 from mmdit.driver.likeness import filled
 from mmdit.driver.options import LikeOptions, ModelOptions, OutputOptions, PictureOptions, WatchOptions
-from mmdit.images.given import as_text
-from mmdit.images.options import ImageOptions
+from mmdit.images.options import ImageOptions, as_text
 from mmdit.memory.options import MemoryOptions
 from mmdit.options import ComputeOptions
 from samplers.options import GuidanceOptions, SamplerOptions
