@@ -46,10 +46,10 @@ class Settings(
         for f in fields(self):
             if isinstance(f.default, tuple):  # one or several texts
                 given: Any = getattr(self, f.name) or ()
-                if not isinstance(given, tuple | list) and isinstance(as_text(given), str | int | float):
+                if not isinstance(given, tuple | list) and isinstance(as_text(f.name, given), str | int | float):
                     given = (given,)
                 if isinstance(given, tuple | list):  # else it is refused by `check`
-                    given = tuple(as_text(one) for one in given)
+                    given = tuple(as_text(f.name, one) for one in given)
                 object.__setattr__(self, f.name, given)
             elif Mark.PICTURE in f.metadata["marks"]:
                 object.__setattr__(self, f.name, as_text(f.name, getattr(self, f.name)))
