@@ -54,6 +54,8 @@ def main(folder: str) -> None:
     pipe.follow(pipe.plan_for(job), job)
     took = {}
     texts, took["encode"] = watched(lambda: pipe.encode(["a horse", ""], 77))
+    pixels = torch.zeros(1, 512, 512, 3, dtype=torch.uint8)
+    _, took["init"] = watched(lambda: pipe.encode_picture(pixels))
     noise = pipe.noise(512, 512, range(4))
 
     def step() -> torch.Tensor:
@@ -62,8 +64,6 @@ def main(folder: str) -> None:
         )
 
     latents, took["denoise"] = watched(step)
-    pixels = torch.zeros(1, 512, 512, 3, dtype=torch.uint8)
-    _, took["init"] = watched(lambda: pipe.encode_picture(pixels))
     _, took["decode"] = watched(lambda: pipe.decode(latents[:1]))
     print(json.dumps({name: (took[name], pipe.plan.stages[name]) for name in took}))
 

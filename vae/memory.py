@@ -40,9 +40,13 @@ def decode_peak(
 def encode_peak(
     config: VAEConfig, h: int, w: int, rows: int | None, dtype: torch.dtype, store_apart: bool = True
 ) -> int:
-    """Bytes on the device during the encode of one picture, itself included; else as `decode_peak`."""
+    """Bytes on the device during the encode of one picture, itself included; else as `decode_peak`.
+
+    The channels of its pixels lie last in memory, as files have them, and so do those of all maps: a CPU's library then
+    copies nothing.
+    """
     found = peak(config, h, w, rows, dtype, store_apart, encode=True)
-    return found.device if store_apart else found.together + library_peak(config, h, w, rows, dtype, encode=True)
+    return found.device if store_apart else found.together
 
 
 @lru_cache(maxsize=64)  # plans are compared by the hundred
@@ -63,9 +67,7 @@ def rows_for(
     return next(fitting, None)
 
 
-def library_peak(
-    config: VAEConfig, h: int, w: int, rows: int | None, dtype: torch.dtype, encode: bool = False
-) -> int:  # fmt: skip
+def library_peak(config: VAEConfig, h: int, w: int, rows: int | None, dtype: torch.dtype) -> int:
     """Bytes that a CPU's convolution library takes for itself at its largest layer.
 
     In float32 it copies what it reads and what it writes into a layout of its own; 16 bits lie in it (channels last).
@@ -75,7 +77,7 @@ def library_peak(
     seen = min(rows or h, h) * w
     size = max(
         layer.scale**2 * max(layer.before + layer.after, 4 * 2 * layer.after if layer.doubles else 0)
-        for layer in (_encoder_layers(config) if encode else _layers(config))
+        for layer in _layers(config)
     )
     return dtype.itemsize * seen * size
 

@@ -13,8 +13,7 @@ from mmdit.config import MMDiTConfig
 from mmdit.control.options import ControlOptions
 from mmdit.driver.likeness import filled
 from mmdit.driver.options import LikeOptions, ModelOptions, OutputOptions, PictureOptions, WatchOptions
-from mmdit.images.given import as_text
-from mmdit.images.options import ImageOptions
+from mmdit.images.options import ImageOptions, as_text
 from mmdit.memory.options import MemoryOptions
 from mmdit.options import ComputeOptions
 from samplers.options import GuidanceOptions, SamplerOptions
@@ -47,13 +46,13 @@ class Settings(
         for f in fields(self):
             if isinstance(f.default, tuple):  # one or several texts
                 given: Any = getattr(self, f.name) or ()
-                if not isinstance(given, tuple | list) and isinstance(as_text(given), str | int | float):
+                if not isinstance(given, tuple | list) and isinstance(as_text(f.name, given), str | int | float):
                     given = (given,)
                 if isinstance(given, tuple | list):  # else it is refused by `check`
-                    given = tuple(as_text(one) for one in given)
+                    given = tuple(as_text(f.name, one) for one in given)
                 object.__setattr__(self, f.name, given)
             elif Mark.PICTURE in f.metadata["marks"]:
-                object.__setattr__(self, f.name, as_text(getattr(self, f.name)))
+                object.__setattr__(self, f.name, as_text(f.name, getattr(self, f.name)))
 
     def resolved(self, defaults: dict[str, Any]) -> "Settings":
         """With the model's `defaults`, then SD3.5-Medium's, in place of None; the result is checked.

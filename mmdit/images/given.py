@@ -1,7 +1,6 @@
 """A picture that Python gives in the place of a path, as a value of a setting."""
 
 import hashlib
-from os import PathLike
 from typing import Any
 
 
@@ -20,14 +19,3 @@ class Given(str):
 
     def __deepcopy__(self, memo: object) -> "Given":
         return self
-
-
-def as_text(value: Any) -> Any:
-    """A picture or a path as the text that stands for it in a setting; anything else as it is."""
-    if isinstance(value, PathLike):
-        return str(value)
-    if value is None or isinstance(value, str):
-        return value
-    from PIL import Image  # not loaded for a path's sake
-
-    return Given(value) if isinstance(value, Image.Image) else value

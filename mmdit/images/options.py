@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
 from mmdit.common.errors import SettingsError
@@ -157,3 +158,23 @@ def steps_left_out(steps: int, strength: float) -> int:
     As diffusers counts (`StableDiffusion3Img2ImgPipeline.get_timesteps`).
     """
     return math.floor(max(steps - min(steps * strength, steps), 0))
+
+
+def as_text(name: str, value: Any) -> Any:
+    """A picture or a path as the text that stands for it in a setting of this name; anything else as it is.
+
+    Raises SettingsError for a picture that is too large or, since Pillow reads late, cannot be read.
+    """
+    if isinstance(value, PathLike):
+        return str(value)
+    if value is None or isinstance(value, str):
+        return value
+    from PIL import Image  # not loaded for a path's sake
+
+    if not isinstance(value, Image.Image):
+        return value
+    from mmdit.images.given import Given
+    from mmdit.images.read import check_image
+
+    check_image(name, value)
+    return Given(value)

@@ -93,11 +93,16 @@ def _look(name: str, given: str, *_: int) -> Seen:
 def _decoded(name: str, given: str) -> Image.Image:
     """With its pixels, in whatever mode and direction they are stored."""
     if isinstance(given, Given):
-        _check_size(name, given, *given.image.size)
-        with _told(name, given):
-            given.image.load()
         return given.image
     return _open(name, given, _bytes(name, given))
+
+
+def check_image(name: str, image: Image.Image) -> None:
+    """Raise SettingsError for a picture of Python's that is too large or cannot be read."""
+    what = getattr(image, "filename", "") or "the picture"
+    _check_size(name, what, *image.size)
+    with _told(name, what):
+        image.load()
 
 
 def _bytes(name: str, given: str) -> bytes:
