@@ -1,13 +1,16 @@
 """The model that comes with the repository."""
 
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks.emoji.follow import drawn, followed
 from benchmarks.emoji.judge import judge
-from benchmarks.emoji.scenes import FONT
+from benchmarks.emoji.scenes import FONT, random_scene, render
+from benchmarks.emoji.train_control import edges
 from benchmarks.parity import Inputs, ours, relative_error, theirs
 from mmdit import Pipeline
 from mmdit.driver.loading import DEMO
@@ -22,7 +25,8 @@ def demo() -> Pipeline:
 
 def test_it_is_small_and_whole() -> None:
     files = [path for path in DEMO.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 40e6
+    net = sum(path.stat().st_size for path in files if "controlnet" in path.parts)
+    assert net <= 10e6 and sum(path.stat().st_size for path in files) - net <= 40e6
     known = (".json", ".safetensors", ".txt", ".model")
     assert not [path for path in files if path.suffix not in known and path.name != "NOTICE"]
 
@@ -41,6 +45,18 @@ def test_it_draws_what_the_prompt_says(demo: Pipeline) -> None:
     pictures = demo(PROMPT, count=4, seed=11)
     verdicts = [judge(np.array(picture), 2) for picture in pictures]
     assert sum(v.nouns == ("horse", "bear") and v.colour == "green" for v in verdicts) >= 3
+
+
+@pytest.mark.skipif(not FONT.exists(), reason="needs the Debian package fonts-noto-color-emoji")
+def test_its_controlnet_follows_edges() -> None:
+    """Edges of drawings lie nearer to those given with the net than without, in the mean of four scenes."""
+    pipe, random = Pipeline.load(device="cpu", control=[str(DEMO / "controlnet")]), Random(5)
+    scenes = [random_scene(random, count=2) for _ in range(4)]
+    plans = [edges(render(scene, 128)) for scene in scenes]
+    without, with_it = (
+        np.mean([followed(*pair) for pair in zip(drawn(pipe, scenes, plans, scale, 8), plans)]) for scale in (0.0, 1.0)
+    )
+    assert with_it > without + 0.03
 
 
 def test_it_is_the_same_model_in_diffusers(demo: Pipeline) -> None:

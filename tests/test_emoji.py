@@ -231,7 +231,16 @@ def test_training_begins_with_a_model_resumes_and_exports(tmp_path: Path) -> Non
     work.mkdir()
     torch.manual_seed(0)
     torch.save({"average": Autoencoder(CONFIG).state_dict()}, work / "vae.pt")
-    names = {"minutes": 1e-9, "batch": 4, "pool": 4, "rate": 1e-3, "warmup": 1, "seed": 1, "device": "cpu"}
+    names = {
+        "minutes": 1e-9,
+        "batch": 4,
+        "pool": 4,
+        "seldom": 24,
+        "rate": 1e-3,
+        "warmup": 1,
+        "seed": 1,
+        "device": "cpu",
+    }
     args = Namespace(work=work, init=DEMO, **names)
     provide_tokenizers(work, DEMO)
     team = Team()

@@ -283,11 +283,11 @@ def test_an_interrupt_and_its_continuation(desk: Desk, monkeypatch: pytest.Monke
     desk.list(with_out(desk))
     decode, calls = Pipeline.decode, []
 
-    def broken_off(self: Pipeline, latents: Any) -> Any:
+    def broken_off(self: Pipeline, *given: Any) -> Any:
         calls.append(1)
         if len(calls) == 5:
             raise KeyboardInterrupt
-        return decode(self, latents)
+        return decode(self, *given)
 
     monkeypatch.setattr(Pipeline, "decode", broken_off)
     ran = desk.run()
@@ -327,10 +327,10 @@ def test_somebody_else_is_faster(desk: Desk, monkeypatch: pytest.MonkeyPatch) ->
     desk.list("a horse")
     decode = Pipeline.decode
 
-    def slow(self: Pipeline, latents: Any) -> Any:
+    def slow(self: Pipeline, *given: Any) -> Any:
         desk.out.mkdir(exist_ok=True)
         (desk.out / "a-horse-0.png").write_bytes(b"theirs")
-        return decode(self, latents)
+        return decode(self, *given)
 
     monkeypatch.setattr(Pipeline, "decode", slow)
     assert tally(desk.run()) == (1, 0)

@@ -38,7 +38,8 @@ def program(code: str, *arguments: object, **more: object) -> subprocess.Popen[s
     whole = f"import sys, mmdit.run\n{code}\nsys.argv[0] = 'mmdit'\nmmdit.run.command()"
     more["env"] = {**os.environ, "PYTHONUNBUFFERED": ""}  # as users run it
     command = [sys.executable, "-c", whole, *map(str, arguments), "--device", "cpu", "--dtype", "fp32"]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)  # type: ignore[call-overload]
+    more = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **more}
+    return subprocess.Popen(command, cwd=ROOT, **more)  # type: ignore[call-overload]
 
 
 # Waits before it decodes the second picture; a signal ends it.
@@ -70,9 +71,11 @@ def test_an_interrupt_leaves_what_is_done(model: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arguments", [["--help"], ["a horse", "--count", "3"]])
 def test_a_closed_pipe_ends_quietly(model: Path, tmp_path: Path, arguments: list[str]) -> None:
-    process = program("", *arguments, "--model", model, "--out", tmp_path / "out")
-    assert process.stdout is not None and process.stderr is not None
-    process.stdout.close()
+    read, write = os.pipe()
+    os.close(read)
+    process = program("", *arguments, "--model", model, "--out", tmp_path / "out", stdout=write)
+    os.close(write)
+    assert process.stderr is not None
     errors = process.stderr.read()
     process.stderr.close()
     assert (process.wait(), errors) == (141, "")

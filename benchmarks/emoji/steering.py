@@ -26,7 +26,7 @@ def one(pipe: Pipeline, prompt: str, **keywords: Any) -> Image.Image:
 def from_a_picture(pipe: Pipeline) -> list[Labelled]:
     init = one(pipe, "a fox on a green background")
     wanted = "a tiger on a green background"
-    found = [(f"strength {x}", one(pipe, wanted, init=init, strength=x)) for x in (0.3, 0.5, 0.7, 0.85, 1.0)]
+    found = [(f"strength {x}", one(pipe, wanted, init=init, strength=x)) for x in (0.1, 0.15, 0.2, 0.3, 0.6)]
     return [("--init", init), *found]
 
 
@@ -74,7 +74,7 @@ def controlled(net: Path) -> list[Labelled]:
     pipe = Pipeline.load(control=[str(net)])
     scene = random_scene(Random(SEED), count=2)
     plan = edges(render(scene, SIDE))
-    wanted = (scene.caption, "two red apples", "a bear and a fox")
+    wanted = (scene.caption, "a cat and a pear", "a bear and a fox")
     found = [("--control-image", Image.fromarray(plan))]
     for prompt in wanted:
         for scale in (0.0, 1.0):
@@ -87,7 +87,7 @@ def table(rows: list[list[Labelled]]) -> Image.Image:
     """The pictures in rows, each under its label."""
     width = max(sum(image.width + GAP for _, image in row) for row in rows) + GAP
     heights = [max(image.height for _, image in row) + LINE + GAP for row in rows]
-    whole = Image.new("RGB", (width, sum(heights) + GAP), "white")
+    whole = Image.new("RGB", (width, sum(heights) + GAP), "lightgray")
     draw, y = ImageDraw.Draw(whole), GAP
     for row, height in zip(rows, heights):
         x = GAP

@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
@@ -21,6 +21,11 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         say(f"error: {message[:1000]} (--help lists the options)")
         raise SystemExit(MISTAKE)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """What argparse does, but for errors of the output, which it passes over."""
+        with standard_output():
+            (file or sys.stderr).write(message or "")
 
 
 def say(text: str) -> None:

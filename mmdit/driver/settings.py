@@ -140,7 +140,8 @@ def settings_from(given: dict[str, Any], base: Settings = Settings()) -> Setting
     names = keywords(base)
     for name in given:
         if name not in names:
-            close = difflib.get_close_matches(name, names, n=1)
+            begun = [known for known in names if name.startswith(f"{known}_")]  # as `negative_prompt`
+            close = begun or difflib.get_close_matches(name, names, n=1)
             hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}"
             raise SettingsError(f"no setting {name!r}: {hint}")
     return replace(base, **filled(given, vars(base)))
