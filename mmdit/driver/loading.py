@@ -11,9 +11,10 @@ import torch
 from mmdit import variants
 from mmdit.attention import missing
 from mmdit.common.errors import SettingsError
+from mmdit.common.paths import split_scale, user_path
 from mmdit.driver.building import MODULES, build, variant_of
 from mmdit.driver.defaults import default_settings
-from mmdit.driver.settings import Settings, check_defaults, check_size, split_lora, user_path
+from mmdit.driver.settings import Settings, check_defaults, check_size
 from mmdit.kernels.compiled import lacking
 from mmdit.kernels.quantise import QuantisedSource, quantised
 from mmdit.memory.devices import indexed
@@ -94,7 +95,7 @@ def load_parts(settings: Settings) -> Parts:
             source = QuantisedSource(source, quantised(modules[name], settings.quantise))
         networks[name] = Network(name, modules[name], source, device)
     adapters = Adapters({name: network for name, network in networks.items() if name != "vae"})
-    planned = [adapters.plan(split_lora(lora)[0]).report.path for lora in settings.lora]
+    planned = [adapters.plan(split_scale(lora)[0]).report.path for lora in settings.lora]
     text = text_by(made, modules, tokenizers, settings.t5)
     configs = {name: module.config for name, module in modules.items()}
     fingerprint = of_model(components, configs, shift, folders.values(), [made.file] if made.file else [])
