@@ -4,23 +4,13 @@
 tokenizer, autoencoder or weights.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from mmdit.common.lazy import lazy
 
 if TYPE_CHECKING:
     from mmdit.driver.pipeline import Pipeline
     from mmdit.driver.settings import Settings
 
 __all__ = ["Pipeline", "Settings"]
-
-
-def __getattr__(name: str) -> Any:
-    # On demand, so that `import mmdit.model` does not load tokenizers and autoencoder.
-    if name == "Pipeline":
-        from mmdit.driver.pipeline import Pipeline
-
-        return Pipeline
-    if name == "Settings":
-        from mmdit.driver.settings import Settings
-
-        return Settings
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy(__name__, {"driver.pipeline": ["Pipeline"], "driver.settings": ["Settings"]})

@@ -1,6 +1,6 @@
 """Options of the tests, and what all of them may ask for.
 
-    pytest          a sample: of long sweeps the same few cases every time, of damaged files 200 of each kind
+    pytest          a sample: of long sweeps the same few cases every time, of damaged files 100 of each kind
     pytest --all    all cases, and 1500 damaged files of each kind
 
     pytest -m gpu   the tests that need CUDA, and no others
@@ -8,6 +8,7 @@
 A case that belongs to a long sweep and not to its sample is marked `sweep`, one that needs CUDA `gpu`.
 """
 
+import gc
 import os
 import tarfile
 from pathlib import Path
@@ -15,6 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 from manifests import DATA
+
+# Files whose tests take longest, which begin first: the last to end is a short one, and no core waits long for it.
+LONG = ("compiled", "variants", "vae_strips", "layouts_table", "batch", "variant_page", "plans", "kept", "edits")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,6 +41,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left = [item for item in items if item.get_closest_marker("sweep")]
         config.hook.pytest_deselected(items=left)
         items[:] = [item for item in items if not item.get_closest_marker("sweep")]
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # what the packages under comparison have made is looked through no more
 
 
 @pytest.fixture(scope="session")

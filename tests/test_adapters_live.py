@@ -19,8 +19,9 @@ from torch import Tensor
 from benchmarks.emoji.tokenizers import write_tokenizers
 from benchmarks.random_checkpoint import write_checkpoint
 from mmdit.common.errors import SettingsError
+from mmdit.common.paths import split_scale
 from mmdit.driver.pipeline import Pipeline
-from mmdit.driver.settings import Settings, split_lora
+from mmdit.driver.settings import Settings
 from mmdit.run import main
 from weights import CheckpointError, Source
 from weights.keymap import TRANSFORMER, revert, to_diffusers
@@ -297,8 +298,8 @@ def test_what_the_option_means(tmp_path: Path) -> None:
         f"{tmp_path}/a:2:3": (f"{tmp_path}/a:2", 3.0),
         r"C:\adapters\a.safetensors": (r"C:\adapters\a.safetensors", 1.0),
     }.items():
-        assert split_lora(text) == expected
+        assert split_scale(text) == expected
     for text in (f"{tmp_path}/b:", f"{tmp_path}/b:x", "a:inf", ":1"):
         with pytest.raises(SettingsError, match="expected FILE_OR_FOLDER:SCALE with a number"):
-            split_lora(text)
+            split_scale(text)
     assert Settings(lora="a").lora == Settings(lora=["a"]).lora == ("a",)  # type: ignore[arg-type]

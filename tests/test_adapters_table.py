@@ -16,7 +16,7 @@ from adapters import WIDTH, Toy, close, noise
 from layouts import write
 from torch import Tensor
 
-from mmdit.driver.settings import split_lora
+from mmdit.common.paths import split_scale
 from mmdit.run import make_parser
 from weights.__main__ import main
 from weights.adapters import Report
@@ -49,7 +49,7 @@ def merged(toy: Toy, command: str, described: Path, path: Path) -> Report:
     settings = make_parser().parse_args(words[words.index("mmdit.run") + 1 :])
     assert settings.model == "MODEL"
     (option,) = settings.lora
-    return toy.adapters.add(*split_lora(option))
+    return toy.adapters.add(*split_scale(option))
 
 
 @pytest.fixture(scope="module")

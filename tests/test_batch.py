@@ -1,6 +1,5 @@
 """Lists of pictures drawn together: each is the picture that it is alone."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from reference import relative_error
-from test_memory import full  # noqa: F401
+from test_memory import full, planner  # noqa: F401
 from torch import Tensor
 from toys import toy_folder
 
@@ -26,12 +25,12 @@ from mmdit.memory.planner import Planner
 from mmdit.memory.residency import Mode, Network, Residency
 from mmdit.prepared import Prepared
 
-DEFAULTS = {"width": 96, "height": 64, "steps": 3, "cfg": 4.5, "t5_length": 20}
+DEFAULTS = {"width": 48, "height": 32, "steps": 3, "cfg": 4.5, "t5_length": 20}
 
 LIST: list[Any] = [
     "a horse",
     {"prompt": "a bear", "seed": 7},
-    {"prompt": "a horse", "width": 64, "height": 96},
+    {"prompt": "a horse", "width": 32, "height": 48},
     {"prompt": "a bear", "negative": "a pig", "seed": 2**63},
     {"prompt": "a horse", "cfg": 1, "count": 2},
     {"prompt": "a horse", "seed": 1, "count": 3},
@@ -94,7 +93,7 @@ def limited(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, pictures: int) 
     """At most so many pictures at a time."""
     plan = pipeline.planner.plan
     monkeypatch.setattr(
-        pipeline.planner, "plan", lambda job, budget, *_: replace(plan(job, budget), batch=min(job.count, pictures))
+        pipeline.planner, "plan", lambda job, *given: replace(plan(job, *given), batch=min(job.count, pictures))
     )
 
 
@@ -137,7 +136,7 @@ def test_equal_shapes_are_one_batch(pipeline: Pipeline, cfg: float, rows: int) -
 
 def test_batches_are_as_equal_as_can_be(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seven where five would be fast are four and three, not five and two."""
-    tokens = 2 * (6 * 4 + 20)
+    tokens = 2 * (3 * 2 + 20)
     monkeypatch.setattr(loop, "_TOKENS_ELSEWHERE", 5 * tokens)
     seen = sizes(pipeline)
     assert len(list(pipeline.draw_many([{"prompt": "a horse", "count": 7}]))) == 7
@@ -199,7 +198,7 @@ def test_texts_that_are_too_many_to_keep(
         ({"prompt": "x", "out": "y"}, "out belongs to the command line"),
         ({"prompt": "x", "prompts": "y"}, "prompts belongs to the command line"),
         ({"seed": 3}, "a picture without a prompt"),
-        ({"prompt": "x", "memory": "1MB"}, "1 MB do not suffice for 96x64"),
+        ({"prompt": "x", "memory": "1MB"}, "1 MB do not suffice for 48x32"),
         ({"prompt": 3}, "prompt is 3: expected text"),
     ],
 )
@@ -273,11 +272,6 @@ def test_encoders_that_left_stay_away(pipeline: Pipeline, monkeypatch: pytest.Mo
         assert drawing._plan(job)[1].modes == modes
     assert len(list(drawing)) == 1
     assert pipeline.plan.modes == everything
-
-
-@pytest.fixture
-def planner(full: dict[str, Network]) -> Iterator[Planner]:  # noqa: F811
-    return Planner(full, torch.device("meta"), torch.bfloat16)
 
 
 @pytest.mark.parametrize(("texts", "pictures"), [(2, 3), (1, 5)])

@@ -201,7 +201,7 @@ def test_an_abandoned_list_takes_no_weights_from_a_picture_on_its_way() -> None:
 # ---- streams -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+@pytest.mark.parametrize("closed", [*(pytest.param(c, marks=pytest.mark.sweep) for c in (">&-", "2>&-")), ">&- 2>&-"])
 def test_closed_streams_are_no_reason_to_fail(closed: str, tmp_path: Path) -> None:
     command = (
         f"{sys.executable} -m mmdit.run 'a horse' --steps 1 --width 64 --height 64 --out {tmp_path}/a.png {closed}"

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from played_gpu import Gpu
 from torch import Tensor
 
 from mmdit import Pipeline
@@ -23,6 +24,7 @@ def test_decoding_locks_pages_only_where_the_plan_says_so(
     locked: int, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pinned: list[bool] = []
+    Gpu().play(monkeypatch)
 
     def decoded(vae: Any, latents: Tensor, rows: int, where: str, pin: bool) -> Tensor:
         pinned.append(pin)
@@ -32,6 +34,29 @@ def test_decoding_locks_pages_only_where_the_plan_says_so(
     monkeypatch.setattr(pipeline, "plan", replace(pipeline.plan, locked=locked))
     pipeline.decode(pipeline.noise(64, 64, [0]))
     assert pinned == [locked > 0]
+
+
+def test_strips_decoded_by_hand_leave_nothing_page_locked(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a played GPU; from one picture to the next of a drawing it stays."""
+    gpu, taken, decode, plan = Gpu(), [], pipeline.decode, pipeline.planner.plan
+    gpu.play(monkeypatch)
+
+    def decoded(vae: Any, latents: Tensor, rows: int, where: str, pin: bool) -> Tensor:
+        assert pin
+        gpu.empty(1000, pin_memory=True)  # which is cached as soon as nobody has it
+        return decode_in_strips(vae, latents, rows, where, False)
+
+    def seen(*given: Any) -> Tensor:
+        pixels = decode(*given)
+        taken.append(gpu.taken)
+        return pixels
+
+    monkeypatch.setattr("mmdit.driver.stages.decode_in_strips", decoded)
+    monkeypatch.setattr(pipeline.planner, "plan", lambda *given: replace(plan(*given), locked=1000))
+    monkeypatch.setattr(pipeline, "decode", seen)
+    pipeline("a horse", width=64, height=64, steps=1, count=2)
+    pipeline.decode(pipeline.noise(64, 64, [0]))
+    assert taken == [1024, 1024, 0]
 
 
 def test_a_network_that_leaves_gives_its_memory_back(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:

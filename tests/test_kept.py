@@ -1,5 +1,7 @@
 """Blocks that stay while others come and go: which, how many, what they take, and the same picture."""
 
+# ruff: noqa: F811  fixtures are imported
+
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from played_gpu import Gpu
-from test_memory import RUNGS, drawn, equal, full  # noqa: F401
+from test_memory import RUNGS, drawn, equal, full, planner  # noqa: F401
 from test_plans import measured
 from torch import Tensor
 from toys import toy_folder
@@ -151,7 +153,7 @@ def test_what_is_kept_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch
 # ---- what they take ------------------------------------------------------------------------------
 
 
-WIDTH = 1536
+WIDTH, DUAL = 1536, SD35_MEDIUM.dual_attention_blocks
 SECOND, BLOCK, LAST = 2 * 28 * WIDTH**2, 2 * 24 * WIDTH**2, 2 * 15 * WIDTH**2
 """Bytes of the matrices of a block in bfloat16, adaLN left out: for each of pictures and texts projections of 3 + 1
 and MLPs of 4 + 4 squares; with a second attention 3 + 1 more, for the texts of the last block only the first 3."""
@@ -164,10 +166,9 @@ def sizes(depth: int, second: tuple[int, ...]) -> list[int]:
 @pytest.mark.parametrize(
     ("depth", "second", "kept"),
     [
-        (24, SD35_MEDIUM.dual_attention_blocks, 1),
-        (24, SD35_MEDIUM.dual_attention_blocks, 11),
-        (24, SD35_MEDIUM.dual_attention_blocks, 23),
-        (7, (0, 1, 2), 3),
+        *(pytest.param(24, DUAL, kept, marks=pytest.mark.sweep) for kept in (1, 23)),
+        (24, DUAL, 11),
+        *((7, (0, 1, 2), kept) for kept in (1, 3, 6)),
         (7, (3,), 2),  # which is kept: the places are smaller then
         (5, (), 2),
         (1, (), 0),
@@ -183,13 +184,12 @@ def test_predictions_are_what_is_measured(
     """Within 10 %, at full size and other depths, and more than with none kept by just what lies there."""
     config = replace(SD35_MEDIUM, depth=depth, dual_attention_blocks=second)
     monkeypatch.setitem(memory.CONFIGS, "transformer", config)
-    full: dict[str, Network] = request.getfixturevalue("full")  # noqa: F811
+    full: dict[str, Network] = request.getfixturevalue("full")
     job = Job(height // 8, width // 8, count, 28, 1 if cfg == 1 else 2, 256)
-    planner = Planner(full, torch.device("meta"), torch.bfloat16)
+    planner: Planner = request.getfixturevalue("planner")
     plan = planner.predict(STREAMED, job, count, 10**12, kept=kept)
-    found = measured(full, STREAMED, job, count, kept)
-    for stage, peak in found.items():
-        assert abs(plan.peaks[stage] / peak - 1) <= 0.1, (stage, plan.peaks[stage], peak)
+    peak = measured(full, STREAMED, job, count, kept, stages=("denoise",))["denoise"]
+    assert abs(plan.peaks["denoise"] / peak - 1) <= 0.1, (plan.peaks["denoise"], peak)
     bare, each = planner.predict(STREAMED, job, count, 10**12), sizes(depth, second)
     going = [i for i in range(depth) if i * kept // depth == (i + 1) * kept // depth]
     places = 2 * max(each[i] for i in going) - 2 * max(each)
@@ -197,9 +197,9 @@ def test_predictions_are_what_is_measured(
     assert plan.peaks == {**bare.peaks, "denoise": bare.peaks["denoise"] + lies + places}
 
 
-def test_two_places_and_what_stays_by_hand(full: dict[str, Network]) -> None:  # noqa: F811
+def test_two_places_and_what_stays_by_hand(planner: Planner) -> None:
     """Eleven of 24 kept are six with a second attention, four without, and the last."""
-    planner, job = Planner(full, torch.device("meta"), torch.bfloat16), Job(64, 64, 1, 28, 2, 256)
+    job = Job(64, 64, 1, 28, 2, 256)
     none, some, staged = (
         planner.predict(modes, job, 1, 10**12, kept=kept).peaks["denoise"]
         for modes, kept in ((STREAMED, 0), (STREAMED, 11), (RUNGS[2], 0))
@@ -212,13 +212,9 @@ def test_two_places_and_what_stays_by_hand(full: dict[str, Network]) -> None:  #
 
 
 @pytest.mark.parametrize("gb", [0.9, 1.3, 2.0, 2.5, 3.0])
-def test_as_many_are_kept_as_fit(full: dict[str, Network], gb: float) -> None:  # noqa: F811
+def test_as_many_are_kept_as_fit(planner: Planner, gb: float) -> None:
     """One more would not; encoding and decoding are those of the plan that keeps none."""
-    planner, job, budget = (
-        Planner(full, torch.device("meta"), torch.bfloat16),
-        Job(64, 64, 1, 28, 2, 256),
-        int(gb * 1e9),
-    )
+    job, budget = Job(64, 64, 1, 28, 2, 256), int(gb * 1e9)
     plan = planner.plan(job, budget)
     assert plan.modes == STREAMED and 0 < plan.kept < 24 and plan.blocks == 24
     assert plan.peak <= budget
@@ -228,9 +224,9 @@ def test_as_many_are_kept_as_fit(full: dict[str, Network], gb: float) -> None:  
     assert f"transformer comes block by block, {plan.kept} of 24 blocks stay; " in str(plan)
 
 
-def test_fewer_blocks_that_come_are_worth_more_than_large_batches(full: dict[str, Network]) -> None:  # noqa: F811
+def test_fewer_blocks_that_come_are_worth_more_than_large_batches(planner: Planner) -> None:
     """Four pictures of 1440x1440: as many at a time as fit, until fewer at a time bring fewer blocks in all."""
-    planner, job, found = Planner(full, torch.device("meta"), torch.bfloat16), Job(180, 180, 4, 28, 2, 256), []
+    job, found = Job(180, 180, 4, 28, 2, 256), []
     for gb in (1.5, 2.0, 3.3, 3.42, 3.65):
         budget = int(gb * 1e9)
         plan = planner.plan(job, budget)
@@ -242,9 +238,9 @@ def test_fewer_blocks_that_come_are_worth_more_than_large_batches(full: dict[str
     assert found == [(1, True), (2, True), (4, True), (2, False), (1, False)]
 
 
-def test_less_is_fewer_kept(full: dict[str, Network]) -> None:  # noqa: F811
+def test_less_is_fewer_kept(planner: Planner) -> None:
     """From a transformer that is there while it denoises down to two blocks at a time, by a quarter each time."""
-    planner, job = Planner(full, torch.device("meta"), torch.bfloat16), Job(128, 128, 1, 28, 2, 256)
+    job = Job(128, 128, 1, 28, 2, 256)
     plan, kept = planner.plan(job, int(3.5e9)), []
     assert plan.modes == RUNGS[2]
     while (less := planner.smaller(job, plan, "denoise")) is not None:
@@ -258,9 +254,9 @@ def test_less_is_fewer_kept(full: dict[str, Network]) -> None:  # noqa: F811
 
 @pytest.mark.parametrize("stage", ["encode", "denoise", "decode", "loading"])
 @pytest.mark.parametrize("gb", [0.9, 2.0, 3.0, 7.0, 20.0])
-def test_no_stage_takes_more_after_memory_ran_out_in_one(full: dict[str, Network], gb: float, stage: str) -> None:  # noqa: F811
+def test_no_stage_takes_more_after_memory_ran_out_in_one(planner: Planner, gb: float, stage: str) -> None:
     """Of four pictures of 1024x1024; blocks that stayed still do where it was not the loop that took too much."""
-    planner, job = Planner(full, torch.device("meta"), torch.bfloat16), Job(128, 128, 4, 28, 2, 256)
+    job = Job(128, 128, 4, 28, 2, 256)
     plan = planner.plan(job, int(gb * 1e9))
     stayed = planner.costs.staying(plan.modes)
     if stage == "loading" and not stayed:
@@ -278,9 +274,9 @@ def test_no_stage_takes_more_after_memory_ran_out_in_one(full: dict[str, Network
 
 
 @pytest.mark.parametrize("gb", [9.0, 20.0])
-def test_what_could_not_be_loaded_is_not_to_stay_later(full: dict[str, Network], gb: float) -> None:  # noqa: F811
+def test_what_could_not_be_loaded_is_not_to_stay_later(planner: Planner, gb: float) -> None:
     """At 2048x2048, where a decode takes more than all weights that would stay."""
-    planner, job = Planner(full, torch.device("meta"), torch.bfloat16), Job(256, 256, 1, 28, 2, 256)
+    job = Job(256, 256, 1, 28, 2, 256)
     plan = planner.plan(job, int(gb * 1e9))
     stayed = planner.costs.staying(plan.modes)
     assert stayed > 4e9

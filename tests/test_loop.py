@@ -23,7 +23,7 @@ from mmdit.driver.texts import encode
 from mmdit.driver.watch import Drawn, Encoded, Stepped, Watcher
 from samplers import SOLVERS, shifted_sigmas
 
-DEFAULTS = {"width": 96, "height": 64, "steps": 3, "cfg": 4.5, "t5_length": 20}
+DEFAULTS = {"width": 48, "height": 32, "steps": 3, "cfg": 4.5, "t5_length": 20}
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,18 @@ from reference import relative_error
 from torch import Tensor
 from toys import toy_folder
 
-from benchmarks.memory import full_size
+from benchmarks import memory
+from mmdit.config import MMDiTConfig
 from mmdit.driver.pipeline import Pipeline
 from mmdit.memory import paged, streaming
+from mmdit.memory.activations import Activations
 from mmdit.memory.plan import Job
+from mmdit.memory.planner import Planner
 from mmdit.memory.residency import Mode, Network, Residency
 
 META = torch.device("meta")
 PROMPT = "a horse and a bear on a green background!"
-SIZE = {"width": 96, "height": 64, "steps": 3, "t5_length": 20}
+SIZE = {"width": 48, "height": 32, "steps": 3, "t5_length": 20}
 
 
 @pytest.fixture(scope="module")
@@ -205,10 +209,34 @@ class AtOnce:
 def full(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Network]]:
     """SD3.5-Medium in full size on a device apart from the CPU."""
     monkeypatch.setattr(streaming, "ThreadPoolExecutor", AtOnce)
-    networks = full_size(torch.device("meta"))
+    networks = built(memory.CONFIGS["transformer"])
     yield networks
     for network in networks.values():
         network.leave()
+        network.mode, network.kept = Mode.RESIDENT, 0
+        network.pages.drop()
+        for module in network.module.modules():  # hooks of a `Residency`
+            module._forward_pre_hooks.clear()
+
+
+@pytest.fixture
+def planner(full: dict[str, Network]) -> Planner:
+    """A new one; what the networks take is measured once for all tests."""
+    planner = Planner(full, META, torch.bfloat16)
+    planner.costs.activations = activations(memory.CONFIGS["transformer"])
+    return planner
+
+
+@cache
+def built(transformer: MMDiTConfig) -> dict[str, Network]:
+    """Thousands of tensors without values, with this transformer; made once."""
+    assert transformer is memory.CONFIGS["transformer"]
+    return memory.full_size(META)
+
+
+@cache
+def activations(transformer: MMDiTConfig) -> Activations:
+    return Activations(built(transformer), META, torch.bfloat16)
 
 
 # ---- a GPU ---------------------------------------------------------------------------------------

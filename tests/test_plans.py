@@ -6,13 +6,14 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_memory import META, RUNGS, folders, full  # noqa: F401
+from test_memory import META, RUNGS, folders, full, planner  # noqa: F401
 from torch.distributed._tools.mem_tracker import MemTracker
 from toys import toy_folder
 
@@ -56,20 +57,20 @@ def computed(full: dict[str, Network], job: Job, batch: int) -> dict[str, int]:
 
 @pytest.mark.parametrize(("side", "count", "texts", "steps"), [(64, 1, 2, 28), (180, 1, 2, 28), (32, 3, 1, 200)])
 def test_computations_take_what_is_predicted(
-    full: dict[str, Network], side: int, count: int, texts: int, steps: int
+    full: dict[str, Network], planner: Planner, side: int, count: int, texts: int, steps: int
 ) -> None:
     """Within 10 %, each network at full size and weights left out; that of 200 levels' table too."""
     job = Job(side, side, count, steps, texts, 256)
-    found, activations = computed(full, job, count), Planner(full, META, torch.bfloat16).costs.activations
+    found, activations = computed(full, job, count), planner.costs.activations
     for name in ("clip_l", "clip_g", "t5"):
         assert activations.encoding(name, job) == pytest.approx(found[name], rel=0.1), name
     taken = activations.table("transformer", job, count) + activations.denoising("transformer", job, count)
     assert taken == pytest.approx(found["transformer"], rel=0.1)
 
 
-def test_a_stage_takes_its_parts(full: dict[str, Network]) -> None:
+def test_a_stage_takes_its_parts(full: dict[str, Network], planner: Planner) -> None:
     """In full size, everything coming and going, by arithmetic: T5's blocks are the largest of those that encode."""
-    job, planner = Job(64, 64, 1, 28, 2, 256), Planner(full, META, torch.bfloat16)
+    job = Job(64, 64, 1, 28, 2, 256)
     plan = planner.predict(RUNGS[-1], job, 1, 10**12)
     assert plan.peaks == {name: sum(stage) for name, stage in plan.stages.items()}
     encode, denoise = plan.stages["encode"], plan.stages["denoise"]
@@ -85,7 +86,8 @@ def test_a_stage_takes_its_parts(full: dict[str, Network]) -> None:
 
 
 def measured(
-    full: dict[str, Network], modes: dict[str, Mode], job: Job, batch: int, kept: int = 0
+    full: dict[str, Network], modes: dict[str, Mode], job: Job, batch: int, kept: int = 0,
+    stages: Sequence[str] = ("encode", "denoise"),
 ) -> dict[str, int]:  # fmt: skip
     """The peak of each stage, of the real code."""
     peaks = {}
@@ -105,27 +107,32 @@ def measured(
             rows = [text for text in range(job.texts) for _ in range(batch)]
             prepared(torch.cat([x] * job.texts).bfloat16(), sigma, rows).float()
 
-    for stage in (encode, denoise):
+    for stage in stages:
         with torch.no_grad(), FusedAttention(), Meter() as meter:
             residency.arrange(modes, kept)
-            stage()
-        peaks[stage.__name__] = meter.peak
+            {"encode": encode, "denoise": denoise}[stage]()
+        peaks[stage] = meter.peak
         for network in full.values():
             network.leave()
     return peaks
 
 
-@pytest.mark.parametrize("rung", range(4))
+MANY = pytest.mark.sweep
+
+
 @pytest.mark.parametrize(
-    ("width", "height", "count", "cfg"),
-    [(512, 512, 1, 4.5), pytest.param(1440, 1440, 1, 4.5, marks=pytest.mark.sweep), (512, 768, 3, 1)],
+    ("width", "height", "count", "cfg", "rung"),
+    [
+        *((512, 512, 1, 4.5, rung) for rung in range(4)),
+        *(pytest.param(512, 768, 3, 1, rung, marks=[] if rung == 3 else MANY) for rung in range(4)),
+        *(pytest.param(1440, 1440, 1, 4.5, rung, marks=MANY) for rung in range(4)),
+    ],
 )
 def test_predictions_are_what_is_measured(
-    full: dict[str, Network], rung: int, width: int, height: int, count: int, cfg: float
+    full: dict[str, Network], planner: Planner, width: int, height: int, count: int, cfg: float, rung: int
 ) -> None:
     """Within 10 %, stage by stage, at full size."""
     job = Job(height // 8, width // 8, count, 28, 1 if cfg == 1 else 2, 256)
-    planner = Planner(full, META, torch.bfloat16)
     modes = RUNGS[rung]
     assert modes == planner.ladder()[rung]
     plan = planner.predict(modes, job, count, 10**12)
@@ -154,9 +161,8 @@ def test_a_real_run_on_a_cpu_takes_what_is_predicted(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_what_is_to_be_reached(full: dict[str, Network]) -> None:
+def test_what_is_to_be_reached(planner: Planner) -> None:
     """The whole model, T5 included, with guidance, in bfloat16: what stays while it denoises, and what streams."""
-    planner = Planner(full, META, torch.bfloat16)
     rungs = {"staged": planner.ladder()[2], "streamed": planner.ladder()[3]}
     for target in TARGETS:
         for way, most in (("staged", target.staged), ("streamed", target.streamed)):
@@ -164,14 +170,14 @@ def test_what_is_to_be_reached(full: dict[str, Network]) -> None:
             assert planner.predict(rungs[way], job, 1, int(most)).peak <= most, (target, way)
 
 
-@pytest.mark.parametrize("size", [(16, 16), (64, 96), (180, 180)])
+@pytest.mark.parametrize("size", [(16, 24), pytest.param((64, 96), marks=MANY), (180, 180)])
 @pytest.mark.parametrize(("count", "texts"), [(1, 2), (7, 1)])
 @pytest.mark.parametrize("attention", ["auto", "math"])
 def test_rough_plans_are_bounds_from_above(
-    full: dict[str, Network], size: tuple[int, int], count: int, texts: int, attention: str
+    planner: Planner, size: tuple[int, int], count: int, texts: int, attention: str
 ) -> None:
     """And are taken only where they fit."""
-    planner, job = Planner(full, META, torch.bfloat16), Job(*size, count, 28, texts, 256, attention=attention)
+    job = Job(*size, count, 28, texts, 256, attention=attention)
     rough, exact = (planner.plan(job, 10**12, exact=exact) for exact in (False, True))
     assert rough.modes == exact.modes
     for stage, peak in exact.peaks.items():
@@ -180,9 +186,9 @@ def test_rough_plans_are_bounds_from_above(
     assert planner.plan(job, between, exact=False).peaks != rough.peaks
 
 
-def test_tables_of_scores_count(full: dict[str, Network]) -> None:
+def test_tables_of_scores_count(planner: Planner) -> None:
     """At 1024x1024, two at a time in float32, of 24 heads and two texts: 4096 tokens and 333 of text."""
-    activations, job = Planner(full, META, torch.bfloat16).costs.activations, Job(128, 128, 1, 28, 2, 256)
+    activations, job = planner.costs.activations, Job(128, 128, 1, 28, 2, 256)
     formula, tables = job._replace(attention="math"), 2 * 4 * 2 * 24 * (4096 + 333) ** 2
     for work in (activations.denoising, activations.denoising_bound):
         assert work("transformer", job, 1) < 0.1 * tables
@@ -206,9 +212,9 @@ def test_what_lies_on_a_cpu_whatever_the_plan(folders: dict[str, Path], monkeypa
     assert elsewhere.predict(RUNGS[2], job._replace(waiting=12345), 1, 0) == elsewhere.predict(RUNGS[2], job, 1, 0)
 
 
-def test_a_larger_budget_gives_a_faster_plan(full: dict[str, Network]) -> None:
+def test_a_larger_budget_gives_a_faster_plan(planner: Planner) -> None:
     """Which keeps to it; and one that is too small is told what would do."""
-    planner, job = Planner(full, META, torch.bfloat16), Job(128, 128, 4, 28, 2, 256)
+    job = Job(128, 128, 4, 28, 2, 256)
     budgets = [int(gb * 1e9) for gb in (2, 4, 8, 40)]
     plans = [planner.plan(job, budget) for budget in budgets]
     assert all(plan.peak <= budget for plan, budget in zip(plans, budgets))
@@ -251,14 +257,14 @@ def test_the_meter_agrees_with_torchs_own_tracker() -> None:
 
 
 def test_two_networks_that_denoise_are_there_together(
-    full: dict[str, Network], monkeypatch: pytest.MonkeyPatch
+    full: dict[str, Network], planner: Planner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a control net and the transformer will: their weights add up, and neither leaves for the other."""
     monkeypatch.setitem(ROLES, "control", ROLES["transformer"])
     half = on_meta(MMDiT, replace(SD35_MEDIUM, depth=12, dual_attention_blocks=(0,)), torch.bfloat16)
     source: Any = Unread(half)
     both = {**full, "control": Network("control", half, source, META)}
-    job, two, one = Job(64, 64, 1, 28, 2, 256), Planner(both, META, torch.bfloat16), Planner(full, META, torch.bfloat16)
+    job, two, one = Job(64, 64, 1, 28, 2, 256), Planner(both, META, torch.bfloat16), planner
     alone = Planner({n: both[n] for n in both if n != "transformer"}, META, torch.bfloat16)
     for modes, others in zip(two.ladder(), one.ladder()):
         assert modes == {**others, "control": others["transformer"]}

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_memory import PROMPT, RUNGS, SIZE, drawn, equal, full  # noqa: F401
+from test_memory import PROMPT, RUNGS, SIZE, drawn, equal, full, planner  # noqa: F401
 from torch import Tensor
 from toys import toy_folder
 
@@ -26,7 +26,7 @@ from mmdit.memory.planner import Planner
 from mmdit.memory.residency import Network, Residency
 from weights import Source
 
-JOB = Job(8, 12, 1, 3, 2, 20, context=97)
+JOB = Job(4, 6, 1, 3, 2, 20, context=97)
 AGAIN = r"^loading: memory ran out; trying again with less: "
 NO_MORE = r"^loading: the device's memory does not suffice; try --quantise int8, --t5 off, a smaller picture, or "
 
@@ -236,9 +236,9 @@ def test_what_came_in_part_is_not_taken_for_the_whole(settings: Settings, monkey
 # ---- plans ---------------------------------------------------------------------------------------
 
 
-def test_less_than_could_not_stay(full: dict[str, Network]) -> None:  # noqa: F811
+def test_less_than_could_not_stay(full: dict[str, Network], planner: Planner) -> None:  # noqa: F811
     """At full size, down the ladder of a GPU: what stays is what is measured, and the next plan is less everywhere."""
-    planner, job = Planner(full, torch.device("meta"), torch.bfloat16), Job(128, 128, 1, 28, 2, 256)
+    job = Job(128, 128, 1, 28, 2, 256)
     plan, seen = planner.plan(job, 40 * 10**9), []
     while plan.peaks["loading"]:
         with Meter() as meter:
@@ -260,9 +260,9 @@ def test_less_than_could_not_stay(full: dict[str, Network]) -> None:  # noqa: F8
         planner.plan(job, 500_000_000)
 
 
-def test_a_picture_too_large_for_that_is_still_drawn_in_less(full: dict[str, Network]) -> None:  # noqa: F811
+def test_a_picture_too_large_for_that_is_still_drawn_in_less(planner: Planner) -> None:  # noqa: F811
     """Of eight pictures at a time as many as go into less than the weights that could not stay."""
-    planner, job = Planner(full, torch.device("meta"), torch.bfloat16), Job(180, 180, 8, 28, 2, 256)
+    job = Job(180, 180, 8, 28, 2, 256)
     plan = planner.predict(RUNGS[1], job, 8, 10**11)
     less = planner.smaller(job, plan, "loading")
     assert less is not None

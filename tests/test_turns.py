@@ -20,13 +20,13 @@ from mmdit.driver.pipeline import Pipeline
 from mmdit.driver.stages import exact_convolutions
 from mmdit.kernels.process import Switch
 
-SIZES = [{"width": 96, "height": 64}, {"width": 64, "height": 96, "cfg": 1}, {"width": 48, "height": 48, "steps": 4}]
+SIZES = [{"width": 48, "height": 32}, {"width": 32, "height": 48, "cfg": 1}, {"width": 32, "height": 32, "steps": 4}]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Not to be written to."""
-    defaults = {"width": 96, "height": 64, "steps": 3, "cfg": 4.5, "t5_length": 20}
+    defaults = {"width": 48, "height": 32, "steps": 3, "cfg": 4.5, "t5_length": 20}
     return toy_folder(tmp_path_factory.mktemp("turns"), defaults=defaults)
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mmdit.common.errors import SettingsError
+from mmdit.common.paths import user_path
 from mmdit.config import MMDiTConfig
 from mmdit.control.network import ControlConfig, ControlNet
 from mmdit.driver.building import build
-from mmdit.driver.settings import Settings, user_path
+from mmdit.driver.settings import Settings
 from mmdit.images.read import look
 from weights import CheckpointError, Component
 from weights.control import open_control

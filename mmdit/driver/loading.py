@@ -11,13 +11,14 @@ import torch
 from mmdit import variants
 from mmdit.attention import missing
 from mmdit.common.errors import SettingsError
+from mmdit.common.paths import split_scale, user_path
 from mmdit.driver.building import MODULES, build, variant_of
 from mmdit.driver.controls import check_pictures, open_controls
 from mmdit.driver.defaults import default_settings
 from mmdit.driver.pictures import enlarged, settled
 from mmdit.driver.reading import fitted
 from mmdit.driver.sampling import sigmas_of, with_layers, with_shift
-from mmdit.driver.settings import Settings, check_defaults, check_size, split_lora, user_path
+from mmdit.driver.settings import Settings, check_defaults, check_size
 from mmdit.kernels.compiled import lacking
 from mmdit.kernels.quantise import QuantisedSource, quantised
 from mmdit.memory.devices import indexed
@@ -118,7 +119,7 @@ def load_parts(settings: Settings) -> Parts:
             source = QuantisedSource(source, quantised(modules[name], settings.quantise))
         networks[name] = Network(name, modules[name], source, device)
     adapters = Adapters({name: network for name, network in networks.items() if name in wanted and name != "vae"})
-    planned = [adapters.plan(split_lora(lora)[0]).report.path for lora in settings.lora]
+    planned = [adapters.plan(split_scale(lora)[0]).report.path for lora in settings.lora]
     embeddings = embeddings_of(settings)
     text = text_by(made, modules, tokenizers, settings.t5)
     give_words(text, embeddings)

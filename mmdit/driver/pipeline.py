@@ -19,12 +19,13 @@ from torch import Tensor
 
 from mmdit.common.errors import SettingsError
 from mmdit.common.options import Mark, marked
+from mmdit.common.paths import split_scale
 from mmdit.driver.loading import Parts, load_parts
 from mmdit.driver.loop import Drawing
 from mmdit.driver.options import OF_THE_COMMAND
 from mmdit.driver.preview import Glance
 from mmdit.driver.repeat import settings_of_picture
-from mmdit.driver.settings import LOADED, Settings, alone, settings_from, split_lora
+from mmdit.driver.settings import LOADED, Settings, alone, settings_from
 from mmdit.driver.stages import NotFiniteError, Stages
 from mmdit.driver.watch import OnStep, Stepped, Trace, Watcher
 from mmdit.kernels.compiled import compile_model
@@ -56,7 +57,7 @@ class Pipeline(Stages):
     def __init__(self, parts: Parts, settings: Settings, editable: bool = False) -> None:
         """settings: what loading fixed is read from it (`LOADED`). editable: as `load` takes it."""
         super().__init__(parts, settings)
-        for path, scale in map(split_lora, settings.lora):
+        for path, scale in map(split_scale, settings.lora):
             self.adapters.add(path, scale)
         if editable:
             for network in parts.networks.values():

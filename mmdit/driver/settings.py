@@ -7,8 +7,7 @@ from typing import Any
 
 from mmdit.common.errors import SettingsError
 from mmdit.common.options import Mark, check_options, marked, shown
-from mmdit.common.paths import split_scale as split_lora
-from mmdit.common.paths import user_path
+from mmdit.common.paths import split_scale
 from mmdit.config import MMDiTConfig
 from mmdit.control.options import ControlOptions
 from mmdit.driver.likeness import filled
@@ -19,8 +18,6 @@ from mmdit.options import ComputeOptions
 from samplers.options import GuidanceOptions, SamplerOptions
 from text_encoders.options import TextOptions
 from vae.options import TinyOptions
-
-__all__ = ["LOADED", "Settings", "split_lora", "user_path"]
 
 
 # A dataclass has the fields of its last base first: read from below, this is the order of --help.
@@ -90,7 +87,7 @@ def identity(settings: Settings) -> object:
     unseen, paths = marked(settings, Mark.NOT_SEEN), marked(settings, Mark.PATH) if settings.weights else ()
     values = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in (*unseen, *paths)}
     texts = {name: value for name in paths if isinstance(value := getattr(settings, name), tuple)}
-    scales = {name: tuple(split_lora(text)[1] for text in value) for name, value in texts.items()}
+    scales = {name: tuple(split_scale(text)[1] for text in value) for name, value in texts.items()}
     return tuple({**values, **scales}.items())
 
 

@@ -24,6 +24,7 @@ from mmdit.driver.reading import context_length, in_chunks, lengths_of
 from mmdit.driver.settings import LOADED, Settings
 from mmdit.kernels.process import Switch
 from mmdit.memory.budget import DeviceMemoryError, budget_of, memory_errors
+from mmdit.memory.devices import unlock
 from mmdit.memory.plan import Job, Plan
 from mmdit.memory.planner import Planner
 from mmdit.memory.residency import Residency, Role, of_role
@@ -77,6 +78,7 @@ class Stages:
         self._attention = "auto"  # that of the transformer as it was built
         self._inside, self._let_go = 0, False
         self.tiny = parts.tiny() if parts.tiny else None
+        self._staged = 0  # stages of drawings that are on their way
 
     # ---- settings --------------------------------------------------------------------------------
 
@@ -163,8 +165,12 @@ class Stages:
         return result
 
     def attempt(self, name: str, work: Callable[[], T]) -> T:
-        with memory_errors(name):
-            return work()
+        self._staged += 1
+        try:
+            with memory_errors(name):
+                return work()
+        finally:
+            self._staged -= 1
 
     @contextmanager
     def computing(self) -> Iterator[None]:
@@ -350,6 +356,8 @@ class Stages:
                 rows = self.plan.strip or latents.shape[2]
                 pin = self.plan.locked > 0
                 pictures = decode_in_strips(self.vae, latents, rows, "cpu", pin).float()  # (B, 3, H, W)
+                if pin and not self._staged:  # a drawing keeps the host's memory for its next one, and gives it back
+                    unlock(self.device)
         self.check_finite(pictures, "the decoded picture")
         return as_pixels(pictures, truncated)
 
