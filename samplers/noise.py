@@ -1,7 +1,11 @@
-"""Noise between two seeds'."""
+"""Noise of a seed, and between two seeds'."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from samplers.philox import CudaNoise
 
 
 def spherical(one: Tensor, other: Tensor, share: float) -> Tensor:
@@ -19,3 +23,11 @@ def spherical(one: Tensor, other: Tensor, share: float) -> Tensor:
         return torch.lerp(one, other, share)
     mixed = ((1 - share) * angle).sin() / angle.sin() * a + (share * angle).sin() / angle.sin() * b
     return mixed.reshape(one.shape).to(one.dtype)
+
+
+def generator_of(seed: int, rng: str) -> Callable[[tuple[int, ...]], Tensor]:
+    """Normal numbers of a shape, float32; each call goes on where the last ended."""
+    if rng == "cuda":
+        return CudaNoise(seed)
+    generator = torch.Generator().manual_seed(seed)
+    return lambda shape: torch.randn(shape, generator=generator)

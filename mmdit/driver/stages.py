@@ -42,7 +42,7 @@ from samplers import (
     guided,
     unguided,
 )
-from samplers.philox import CudaNoise
+from samplers.noise import generator_of
 from text_encoders import Conditioning, Prompt
 from vae import Autoencoder, decode_in_strips, encode_in_strips
 from weights.fingerprint import with_adapters
@@ -370,14 +370,6 @@ class Stages:
         narrow = "float16 may be too narrow: try --dtype bf16 or --dtype fp32"
         hint = narrow if self.dtype == torch.float16 else "the weights may be damaged: compare with another copy"
         return NotFiniteError(f"{what}: NaN or infinity; {hint}")
-
-
-def generator_of(seed: int, rng: str) -> Callable[[tuple[int, ...]], Tensor]:
-    """Normal numbers of a shape, float32; each call goes on where the last ended."""
-    if rng == "cuda":
-        return CudaNoise(seed)
-    generator = torch.Generator().manual_seed(seed)
-    return lambda shape: torch.randn(shape, generator=generator)
 
 
 def as_pixels(pictures: Tensor, truncated: bool = False) -> Tensor:
