@@ -80,9 +80,14 @@ def repeating(given: dict[str, Any]) -> dict[str, Any]:
     found, left_out = settings_of_picture(given["from_png"])
     if left_out:
         say(f"{given['from_png']}: left out: {', '.join(left_out)}")
-    for hashed, mark in (("weights", Mark.LOADED), ("images", Mark.PICTURE)):
+    hashes = {"weights": Mark.LOADED, "images": Mark.PICTURE, "control_pictures": Mark.PICTURE}
+    for hashed, mark in hashes.items():
         if given.keys() & set(marked(Settings, mark)):  # others are wanted
             found.pop(hashed, None)
+    levels = {"sigmas": ("steps", "schedule", "shift"), **dict.fromkeys(("steps", "schedule", "shift"), ("sigmas",))}
+    for name in given.keys() & levels.keys():  # what is given says where the levels lie
+        for other in levels[name]:
+            found.pop(other, None)
     return {**found, **filled(given, found)}
 
 
@@ -117,6 +122,8 @@ def run(settings: Settings) -> None:
             say(f"warning: {settings.from_png} was drawn by other weights")
         if lines is None and settings.images not in (None, wanted[0][0].images):
             say(f"warning: {settings.from_png} began with other pictures than there are now: {settings.init}")
+        if lines is None and settings.control_pictures not in (None, wanted[0][0].control_pictures):
+            say(f"warning: {settings.from_png} was controlled by other pictures than there are now")
         if settings.preview is not None:
             check_previews(path for _, path in wanted)
         if wanted:

@@ -167,7 +167,7 @@ def rising(scale: float, shape: str) -> Scale:
     """
 
     def at(moment: Moment) -> float:
-        way = moment.step / max(1, moment.steps - 1)  # 0 at the first step, 1 at the last
+        way = moment.step / (moment.steps - 1) if moment.steps > 1 else 0.5  # 0 at the first step, 1 at the last
         return 1 + (scale - 1) * (2 * way if shape == "linear" else 1 - math.cos(math.pi * way))
 
     return at

@@ -34,7 +34,10 @@ SPACINGS = {
     "discrete": "Discrete",
 }
 
+ALONE = ("euler", "heun", "euler_ancestral")  # whose steps do not look back at those before
+
 _MOST_STEPS = 100_000
+_HEAVIEST = 10  # weight of a text: a text may end in numbers, as "at 12:30"
 _MOST_BYTES = 10_000_000  # of a file of noise levels
 
 
@@ -170,8 +173,10 @@ def _projection(_: str, value: Any) -> None:
 
 
 def _weighted(name: str, value: Any) -> None:
-    if not abs(weighted(value)[1]) < 1e6:
-        raise wrong(name, value, "TEXT:WEIGHT with a weight that is a number")
+    if not abs(weighted(value)[1]) <= _HEAVIEST:
+        raise wrong(
+            name, value, f"TEXT:WEIGHT with a weight from -{_HEAVIEST} to {_HEAVIEST}; TEXT:1 ends a text as it is"
+        )
 
 
 def between(least: float, most: float) -> Check:
@@ -282,11 +287,17 @@ class GuidanceOptions:
     def check_together(self) -> None:
         if self.cfg_zero and self.apg is not None:
             raise SettingsError("cfg_zero and apg are two ways of guidance: expected one of them")
-        for name in ("cfg_zero", "apg", "cfg_rescale") if self.cfg == 1 else ():
+        others = self.also or self.slg or self.pag
+        for name in ("cfg_zero", "apg", *(() if others else ("cfg_rescale",))) if self.cfg == 1 else ():
             if getattr(self, name) not in (None, False, 0.0):
                 raise SettingsError(
                     f"{name} is {shown(getattr(self, name))}, but cfg is 1: expected guidance to change"
                 )
+        solver = getattr(self, "sampler", "euler")
+        if self.cfg_zero and solver not in ALONE:
+            raise SettingsError(
+                f"cfg_zero rests in the first step, on which {solver} would build: expected one of {', '.join(ALONE)}"
+            )
         for name in ("slg", "pag"):
             if getattr(self, f"{name}_layers") is not None and not getattr(self, name):
                 raise SettingsError(f"{name}_layers without {name}: expected its scale too")

@@ -197,11 +197,21 @@ def test_the_cache_keeps_to_its_threshold() -> None:
     ({"slg_layers": "7"}, "slg_layers without slg"), ({"slg": 1.0, "slg_layers": "7;8"}, "slg_layers is '7;8'"),
     ({"slg": 1.0, "slg_interval": "0.3"}, "slg_interval is '0.3': expected LOW:HIGH"),
     ({"pag": 1.0, "pag_layers": "-1"}, "pag_layers is '-1'"), ({"cache": -1}, "cache is -1: expected a number from 0"),
-    ({"also": ("a pig:1e9",)}, "also is 'a pig:1e9'"),
+    ({"also": ("a clock at 12:30",)}, "also is 'a clock at 12:30': expected TEXT:WEIGHT with a weight from -10 to 10"),
+    ({"cfg_zero": True, "sampler": "lms"}, "cfg_zero rests in the first step, on which lms would build"),
 ])  # fmt: skip
 def test_what_cannot_be_asked_for(given: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         replace(Settings("a horse", **SD35_MEDIUM_DEFAULTS), **given).check()
+
+
+def test_rescale_needs_any_guidance() -> None:
+    for other in ({"slg": 2.5, "slg_layers": "7"}, {"pag": 1.0}, {"also": ("a pig",)}):
+        replace(Settings("a horse", **{**SD35_MEDIUM_DEFAULTS, "cfg": 1}), cfg_rescale=0.5, **other).check()
+
+
+def test_a_scale_that_rises_in_one_step() -> None:
+    assert guidance.rising(4.5, "linear")(moment(0, 1)) == guidance.rising(4.5, "cosine")(moment(0, 1)) == 4.5
 
 
 @pytest.mark.parametrize(("text", "expected"), [

@@ -40,6 +40,17 @@ def test_what_it_sets(words: list[str], expected: dict[str, Any]) -> None:
     assert {name: getattr(found, name) for name in expected} == expected
 
 
+def test_what_was_given_before_holds() -> None:
+    """In a list's base or a PNG; what another program set does not; and levels written out need no schedule."""
+    base = settings_of(["x", "--schedule", "karras", "--t5-length", "30"])
+    found = settings_from({"like": "diffusers"}, base)
+    assert (found.schedule, found.t5_length) == ("karras", 30)
+    found = settings_from({"like": "diffusers"}, settings_of(["x", "--like", "comfyui"]))
+    assert (found.t5_length, found.slg_interval) == (256, "0.01:0.2")
+    assert settings_of(["x", "--like", "sdcpp", "--sigmas", "1,0.5"]).schedule == "normal"
+    assert settings_from({"like": "sdcpp"}, settings_from({"sigmas": "1,0.5"})).schedule == "normal"
+
+
 def test_every_program_has_its_rules() -> None:
     assert {None, *LikeOptions.__dataclass_fields__["like"].metadata["choices"]} == RULES.keys()
     with pytest.raises(SettingsError, match="like is 'dalle': expected one of stability, diffusers"):

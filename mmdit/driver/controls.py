@@ -78,6 +78,8 @@ def check_pictures(settings: Settings, nets: Mapping[str, Any]) -> Settings:
             if masked
             else "control_mask: none of the ControlNets fills in by a mask"
         )
+    if settings.control_type and all(net.config.context_size for net in nets.values()):
+        raise SettingsError("control_type: none of the ControlNets is of a type: those without a text are")
     seen = [look("control_image", given).content for given in settings.control_image]
     seen += [look("control_mask", settings.control_mask).content] if settings.control_mask else []
     found = hashlib.sha256(" ".join(seen).encode()).hexdigest()[:16]

@@ -55,14 +55,23 @@ def filled(given: Mapping[str, Any], of_base: Mapping[str, Any] | None = None) -
     rules = RULES[like]
     t5 = given.get("t5", (of_base or {}).get("t5", "on"))
     mode, length = rules.without_t5 if t5 != "on" else ("on", None)
-    own = {
-        "schedule": rules.schedule,
-        "t5_length": length or rules.t5_length,
-        "slg_interval": rules.slg_interval,
-        "rng": rules.rng,
-    }
+    own = {**_own(rules), "t5_length": length or rules.t5_length}
+    if given.get("sigmas", (of_base or {}).get("sigmas")) is not None:
+        del own["schedule"]  # they say all levels
+    plain = RULES[None]
+    usual = {"schedule": plain.schedule, "t5_length": None, "slg_interval": plain.slg_interval, "rng": plain.rng}
+    before = _own(RULES[(of_base or {}).get("like")])
+    for name in list(own):
+        if (of_base or {}).get(name, usual[name]) not in (usual[name], before[name]):
+            del own[name]  # it was given
     found = {**own, **given}
     return found if t5 == "on" else {**found, "t5": mode if t5 == "off" else t5}
+
+
+def _own(rules: Rules) -> dict[str, Any]:
+    """What of the rules are settings."""
+    names = ("schedule", "t5_length", "slg_interval", "rng")
+    return {name: getattr(rules, name) for name in names}
 
 
 def acts(counts: str, interval: tuple[float, float], at: "Moment", shift: float) -> bool:

@@ -195,6 +195,8 @@ def _plain(image: Image.Image) -> Image.Image:
     turn = _turn(image)
     if image.mode.startswith("I"):  # 16 bits, in whatever order of bytes, in whatever number type
         wide = np.asarray(image).astype(np.int64).clip(0, 65535)
+        if image.format is None and wide.max(initial=0) <= 255:  # made in Python, of numbers as 8 bits have them
+            wide = wide * 257
         image = Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8))
     if image.mode == "La":
         image = image.convert("LA")
