@@ -143,13 +143,19 @@ def drawing(
     sigmas: Tensor,
     watch: Callable[[Step], Tensor],
     noise: Source = torch.randn_like,
+    rest: int = 0,
 ) -> Generator[Evaluation, Sequence[Tensor], Tensor]:
     """One picture's whole way, from noise x to the latents that it returns, as questions to the network.
 
-    watch: called after each step; gives the latents to go on with. noise: as a Solver takes it.
+    watch: called after each step; gives the latents to go on with. noise: as a Solver takes it. rest: so many steps at
+    the beginning change and ask nothing, and the solver knows none of them (Fan et al. 2025, arXiv 2503.18886, section
+    4.2).
     """
-    solving: Any = solver.steps(x, sigmas)
     answer, done, steps = None, 0, len(sigmas) - 1
+    for done, sigma in enumerate(sigmas[:rest], 1):
+        yield Evaluation(Moment(x, sigma, done - 1, steps), ())
+        x = watch(Step(done - 1, sigma, torch.zeros_like(x), x, x))
+    solving: Any = solver.steps(x, sigmas[rest:])
     while True:
         try:
             told = solving.send(answer)
@@ -160,7 +166,7 @@ def drawing(
         elif isinstance(told, Noise):
             answer = noise(told.like)
         else:
-            done, answer = done + 1, watch(told)
+            done, answer = done + 1, watch(told._replace(index=done))
 
 
 def guided(predict: Predict, guidance: Guidance) -> Velocity:

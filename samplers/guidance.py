@@ -69,7 +69,8 @@ def zero_star_guidance(scale: float | Scale, interval: tuple[float, float] = (0.
     """CFG-Zero*: the negative's prediction is scaled to fit the prompt's before it is pushed from.
 
     Fan et al. 2025 (arXiv 2503.18886), algorithm 1: s uncond + scale (cond - s uncond), s = <cond, uncond> / |uncond|²
-    of each picture. Its other half, a first step of nothing, is `stilled`. Arguments as of classifier-free guidance.
+    of each picture. Its other half, a first step
+    of nothing, is the `rest` of `drawing`. Arguments as of classifier-free guidance.
     """
 
     def act(cond: Tensor, given: Given, at: Moment) -> Tensor:
@@ -171,21 +172,6 @@ def rising(scale: float, shape: str) -> Scale:
         return 1 + (scale - 1) * (2 * way if shape == "linear" else 1 - math.cos(math.pi * way))
 
     return at
-
-
-def stilled(guidance: Guidance) -> Guidance:
-    """A first step that changes nothing and costs nothing, since its prediction is worse than none.
-
-    Fan et al. 2025 (arXiv 2503.18886), section 4.2, with one step of nothing. The only step of a run is a step as ever.
-    """
-
-    def guide(at: Moment) -> Guiding:
-        if at.step > 0 or at.steps == 1:
-            return (yield from guidance(at))
-        yield Evaluation(at, ())
-        return torch.zeros_like(at.x)
-
-    return guide
 
 
 def cached(guidance: Guidance, threshold: float) -> Guidance:

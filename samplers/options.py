@@ -34,8 +34,6 @@ SPACINGS = {
     "discrete": "Discrete",
 }
 
-ALONE = ("euler", "heun", "euler_ancestral")  # whose steps do not look back at those before
-
 _MOST_STEPS = 100_000
 _HEAVIEST = 10  # weight of a text: a text may end in numbers, as "at 12:30"
 _MOST_BYTES = 10_000_000  # of a file of noise levels
@@ -293,11 +291,6 @@ class GuidanceOptions:
                 raise SettingsError(
                     f"{name} is {shown(getattr(self, name))}, but cfg is 1: expected guidance to change"
                 )
-        solver = getattr(self, "sampler", "euler")
-        if self.cfg_zero and solver not in ALONE:
-            raise SettingsError(
-                f"cfg_zero rests in the first step, on which {solver} would build: expected one of {', '.join(ALONE)}"
-            )
         for name in ("slg", "pag"):
             if getattr(self, f"{name}_layers") is not None and not getattr(self, name):
                 raise SettingsError(f"{name}_layers without {name}: expected its scale too")

@@ -15,9 +15,9 @@ from torch import Tensor
 from mmdit.common.errors import SettingsError
 from mmdit.driver.sampling import guidance_of
 from mmdit.driver.settings import SD35_MEDIUM_DEFAULTS, Settings
-from samplers import NEGATIVE, Ask, Guidance, Moment, combined, euler, guidance
+from samplers import NEGATIVE, SOLVERS, Ask, Evaluation, Guidance, Moment, Step, combined, drawing, euler, guidance
 from samplers.flow import answered
-from samplers.options import projection_of, weighted
+from samplers.options import SAMPLERS, projection_of, weighted
 
 SHAPE = (3, 4, 6, 5)
 
@@ -67,13 +67,25 @@ def test_zero_star_is_the_formula_and_diffusers() -> None:
         assert relative_error(found[i], (1 - 4) * u * (c * u).sum() / (u * u).sum() + 4 * c) <= 1e-6
 
 
-def test_a_still_first_step_asks_nothing() -> None:
-    """The first of several changes nothing; the only one is as ever."""
-    guide = guidance.stilled(combined(guidance.classifier_free_guidance(2.0)))
-    assert guided_by(guide, moment(0), TEXTS)[1] == [()]
-    assert not guided_by(guide, moment(0), TEXTS)[0].any()
-    for at in (moment(1), moment(0, 1)):
-        assert torch.equal(guided_by(guide, at, TEXTS)[0], UNCOND + 2 * (COND - UNCOND))
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_rest_is_a_later_beginning(name: str) -> None:
+    """Two steps that ask nothing and change nothing, then the solver from there, which knows of no step before."""
+    sigmas, start, steps = torch.linspace(1, 0.1, 9), noise(1, 4, 5), list[Step]()
+
+    def fresh() -> Any:
+        source = torch.Generator().manual_seed(1)
+        return lambda x: torch.randn(x.shape, generator=source)
+
+    def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+        return x.sin() * (1 + sigma)
+
+    asked: list[Evaluation] = []
+    asking = drawing(SOLVERS[name], combined(), start, sigmas, lambda s: steps.append(s) or s.x, fresh(), rest=2)
+    found = answered(asking, lambda e: asked.append(e) or [velocity(e.at.x, e.at.sigma) for _ in e.asks])
+    assert torch.equal(found, SOLVERS[name](velocity, start, sigmas[2:], noise=fresh()))
+    assert [step.index for step in steps] == list(range(8))
+    assert all(torch.equal(step.x, start) for step in steps[:2])
+    assert [(e.asks, e.at.step) for e in asked[:3]] == [((), 0), ((), 1), ((Ask(),), 2)]
 
 
 @pytest.mark.parametrize(("eta", "most", "momentum"), [(0.0, 15.0, -0.5), (0.3, 2.0, 0.0), (1.0, math.inf, 0.4)])
@@ -198,7 +210,6 @@ def test_the_cache_keeps_to_its_threshold() -> None:
     ({"slg": 1.0, "slg_interval": "0.3"}, "slg_interval is '0.3': expected LOW:HIGH"),
     ({"pag": 1.0, "pag_layers": "-1"}, "pag_layers is '-1'"), ({"cache": -1}, "cache is -1: expected a number from 0"),
     ({"also": ("a clock at 12:30",)}, "also is 'a clock at 12:30': expected TEXT:WEIGHT with a weight from -10 to 10"),
-    ({"cfg_zero": True, "sampler": "lms"}, "cfg_zero rests in the first step, on which lms would build"),
 ])  # fmt: skip
 def test_what_cannot_be_asked_for(given: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingsError, match=message):

@@ -16,7 +16,7 @@ from toys import toy_folder
 from mmdit.driver.output import save_image
 from mmdit.driver.pipeline import Pipeline
 from mmdit.driver.settings import Settings, alone
-from samplers.options import ALONE, SAMPLERS, SPACINGS
+from samplers.options import SAMPLERS, SPACINGS
 
 WAYS: dict[str, list[dict[str, Any]]] = {
     "solver": [{"sampler": name} for name in SAMPLERS],
@@ -50,8 +50,6 @@ def combination(seed: int, pictures: Path) -> dict[str, Any]:
         found["mask"] = str(pictures / "mask.png")
     if found.get("cfg") == 1:  # without guidance there is none to change
         found = {name: value for name, value in found.items() if name not in ("cfg_rescale", "apg", "cfg_zero")}
-    if found.get("cfg_zero"):  # which no solver that looks back can build on
-        found["sampler"] = Random(seed).choice(ALONE)
     return found
 
 

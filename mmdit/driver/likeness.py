@@ -53,18 +53,15 @@ def filled(given: Mapping[str, Any], of_base: Mapping[str, Any] | None = None) -
     if like not in RULES or like is None:
         return dict(given)
     rules = RULES[like]
-    t5 = given.get("t5", (of_base or {}).get("t5", "on"))
+    base = of_base or {}
+    t5 = given.get("t5", base.get("t5", "on"))
     mode, length = rules.without_t5 if t5 != "on" else ("on", None)
     own = {**_own(rules), "t5_length": length or rules.t5_length}
-    if given.get("sigmas", (of_base or {}).get("sigmas")) is not None:
+    if given.get("sigmas", base.get("sigmas")) is not None:
         del own["schedule"]  # they say all levels
-    plain = RULES[None]
-    usual = {"schedule": plain.schedule, "t5_length": None, "slg_interval": plain.slg_interval, "rng": plain.rng}
-    before = _own(RULES[(of_base or {}).get("like")])
-    for name in list(own):
-        if (of_base or {}).get(name, usual[name]) not in (usual[name], before[name]):
-            del own[name]  # it was given
-    found = {**own, **given}
+    usual, before = _own(RULES[None]), _own(RULES[base.get("like")])
+    unsaid = {name for name in own if base.get(name, usual[name]) in (usual[name], before[name])}
+    found = {**{name: own[name] for name in unsaid}, **given}
     return found if t5 == "on" else {**found, "t5": mode if t5 == "off" else t5}
 
 

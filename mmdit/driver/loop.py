@@ -19,7 +19,7 @@ from mmdit.control.rows import Control
 from mmdit.driver.controlling import Controlling, controlling
 from mmdit.driver.likeness import RULES
 from mmdit.driver.pictures import enlarged
-from mmdit.driver.sampling import changed, guidance_of, sigmas_of, solver_of
+from mmdit.driver.sampling import changed, guidance_of, rest_of, sigmas_of, solver_of
 from mmdit.driver.settings import Settings
 from mmdit.driver.stages import Stages
 from mmdit.driver.starting import Start, noise_of, started, way_of
@@ -44,8 +44,8 @@ def kind(s: Settings) -> Settings:
     return replace(s, **{name: getattr(Settings, name) for name in OWN})
 
 
-def pictures_of(s: Settings) -> object:
-    """What tells how a picture is controlled; hashable."""
+def control_of(s: Settings) -> object:
+    """All that tells how a picture is controlled; hashable."""
     return tuple(getattr(s, f.name) for f in fields(ControlOptions)), s.width, s.height
 
 
@@ -58,7 +58,7 @@ class Picture:
         settings: Settings,
         start: Tensor,
         sigmas: Tensor,
-        tell: "Callable[[Picture, Event], None]",
+        tell: Callable[["Picture", Event], None],
         guidance: Callable[[], Guidance],
         source: Callable[[], Source],
         keep: Callable[[Step], Tensor] | None = None,
@@ -75,12 +75,12 @@ class Picture:
         self.texts: dict[str, int] = {}  # its rows in `prepared`
         self.stopped = False
         self._tell, self._guidance, self._source = tell, guidance, source
-        self._solver, self._keep = solver_of(settings), keep
+        self._solver, self._rest, self._keep = solver_of(settings), rest_of(settings), keep
         self.begin()
 
     def begin(self) -> None:
         guidance, source = self._guidance(), self._source()
-        self._way: Any = drawing(self._solver, guidance, self.start, self.sigmas, self._step, source)
+        self._way: Any = drawing(self._solver, guidance, self.start, self.sigmas, self._step, source, self._rest)
         self.latents: Tensor | None = None
         self._send(None)
 
@@ -101,7 +101,11 @@ class Picture:
     def levels(self) -> list[float]:
         """The noise levels that are still to come."""
         assert self.asked is not None
-        return [level for level in self._solver.levels(self.sigmas).tolist() if level <= float(self.asked.at.sigma)]
+        return [
+            level
+            for level in self._solver.levels(self.sigmas[self._rest :]).tolist()
+            if level <= float(self.asked.at.sigma)
+        ]
 
     def controlled(self, at: Moment) -> list[Control]:
         """What controls it at this moment."""
@@ -292,7 +296,7 @@ class Drawing:
         latents, keep = way_of(start, noise, sigmas, stages.dtype if RULES[s.like].rounds_latents else None)
         guidance, source = partial(guidance_of, s, stages.shift), partial(stages.noise_source, s.seed, noise, s.rng)
         picture = Picture(index, s, latents, sigmas, self._tell, guidance, source, keep)
-        picture.controls = self._controls.get(pictures_of(s), [])
+        picture.controls = self._controls.get(control_of(s), [])
         own = {name: texts[text] for name, text in texts_of(s).items()}
         event = Encoded(settings=s, index=index, texts=own, noise=noise, sigmas=sigmas)
         if start is not None:
@@ -303,9 +307,9 @@ class Drawing:
     def _encode_controls(self, pictures: Iterable[Settings], job: Job) -> None:
         """Have the pictures encoded that control these, each once."""
         for s in pictures:
-            if s.control and pictures_of(s) not in self._controls:
+            if s.control and control_of(s) not in self._controls:
                 work = partial(controlling, self._stages, s)
-                self._controls[pictures_of(s)] = self._stages.stage("init", job, self._seconds, work)
+                self._controls[control_of(s)] = self._stages.stage("init", job, self._seconds, work)
 
     def _decode(self, picture: Picture, job: Job, start: Start | None) -> Image.Image:
         latents, s = picture.latents, picture.settings
@@ -335,10 +339,11 @@ class Drawing:
         """
         fewer = job._replace(changed=0)
         plan = self._stages.plan_for(fewer)
-        with suppress(SettingsError):
-            more = self._stages.plan_for(job) if job.changed else plan
-            if (more.modes, more.kept, more.batch) == (plan.modes, plan.kept, plan.batch):
-                fewer, plan = job, more
+        if job.changed:
+            with suppress(SettingsError):
+                more = self._stages.plan_for(job)
+                if (more.modes, more.kept, more.batch) == (plan.modes, plan.kept, plan.batch):
+                    fewer, plan = job, more
         now = self._stages.plan.modes
         away = {name: now[name] for name in of_role(Role.ENCODES_TEXT, now) if now[name] is not Mode.RESIDENT}
         return fewer, replace(plan, modes={**plan.modes, **away})

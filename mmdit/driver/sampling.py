@@ -48,7 +48,12 @@ def with_shift(s: Settings, shift: float, usual: dict[str, Any]) -> Settings:
 
 def levels_of(s: Settings, shift: float) -> list[float]:
     """All noise levels at which the network is asked, falling."""
-    return sorted(set(solver_of(s).levels(sigmas_of(s, shift)).tolist()), reverse=True)
+    return sorted(set(solver_of(s).levels(sigmas_of(s, shift)[rest_of(s) :]).tolist()), reverse=True)
+
+
+def rest_of(s: Settings) -> int:
+    """How many steps at the beginning change nothing; the only step of a run is a step as ever."""
+    return int(s.cfg_zero and steps_of(s) > 1)
 
 
 def guidance_of(s: Settings, shift: float) -> Guidance:
@@ -69,8 +74,6 @@ def guidance_of(s: Settings, shift: float) -> Guidance:
     if s.cfg_rescale:
         terms.append(guidance.rescaled(s.cfg_rescale))
     guide = guidance.combined(*terms)
-    if s.cfg_zero:
-        guide = guidance.stilled(guide)
     return guidance.cached(guide, s.cache) if s.cache else guide
 
 

@@ -7,6 +7,7 @@ stage is called from, it has the networks for itself until it returns.
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from threading import RLock
 from time import perf_counter
 from typing import Any, TypeVar
@@ -214,9 +215,14 @@ class Stages:
 
     def noise_source(self, seed: int, like: Tensor, rng: str = "cpu") -> Source:
         """Noise that goes on where the starting latents of this seed, shaped as `like`, end."""
-        draw = generator_of(seed, rng)
-        draw(like.shape[1:])
-        return lambda x: draw(x.shape[1:])[None].to(x)
+
+        @cache  # most solvers ask for none
+        def draw() -> Callable[[tuple[int, ...]], Tensor]:
+            generator = generator_of(seed, rng)
+            generator(like.shape[1:])
+            return generator
+
+        return lambda x: draw()(x.shape[1:])[None].to(x)
 
     def noise(self, width: int, height: int, seeds: Iterable[int], rng: str = "cpu") -> Tensor:
         """The starting latents, float32 `(B, C, h, w)`, drawn on the CPU so that every device starts alike.
