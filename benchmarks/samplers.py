@@ -19,6 +19,7 @@ from benchmarks.emoji.judge import interval, judge
 from benchmarks.emoji.scenes import random_scene
 from mmdit import Pipeline
 from samplers import SCHEDULES, SOLVERS
+from samplers.noise import going_on
 
 NOISY = ("euler_ancestral", "dpmpp_2m_sde", "dpmpp_3m_sde")
 SETTLED = [name for name in SOLVERS if name not in NOISY]
@@ -44,7 +45,7 @@ class Bench:
         """The latents at the end, `(count, C, h, w)`."""
         way, sigmas = SOLVERS[solver], SCHEDULES[schedule](steps, self.pipe.shift)
         velocity = self.pipe.velocity(self.cond, self.uncond, self.cfg, self.count, way.levels(sigmas).tolist())
-        sources = [self.pipe.noise_source(SEED + i, self.noise[i : i + 1]) for i in range(self.count)]
+        sources = [going_on(SEED + i, self.noise[i : i + 1]) for i in range(self.count)]
         return way(
             velocity, self.noise, sigmas,
             noise=lambda like: torch.cat([source(like[i : i + 1]) for i, source in enumerate(sources)]),

@@ -1,10 +1,12 @@
 """Noise of a seed, and between two seeds'."""
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
 
+from samplers.flow import Source
 from samplers.philox import CudaNoise
 
 
@@ -31,3 +33,15 @@ def generator_of(seed: int, rng: str) -> Callable[[tuple[int, ...]], Tensor]:
         return CudaNoise(seed)
     generator = torch.Generator().manual_seed(seed)
     return lambda shape: torch.randn(shape, generator=generator)
+
+
+def going_on(seed: int, like: Tensor, rng: str = "cpu") -> Source:
+    """Noise that goes on where the starting latents `(1, ...)` of this seed, shaped as `like`, end."""
+
+    @cache  # most solvers ask for none
+    def draw() -> Callable[[tuple[int, ...]], Tensor]:
+        generator = generator_of(seed, rng)
+        generator(like.shape[1:])
+        return generator
+
+    return lambda x: draw()(x.shape[1:])[None].to(x)

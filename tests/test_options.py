@@ -143,9 +143,10 @@ def test_every_option_has_a_heading_and_a_help() -> None:
         assert heading and all(f.metadata["help"] for f in own)
 
 
-def test_help_does_not_load_torch() -> None:
+def test_help_loads_neither_torch_nor_numpy() -> None:
     """In a process of its own, nor does a mistake; every option is in the help."""
-    code = "import sys, mmdit.run\ntry: mmdit.run.main({})\nfinally: print(sorted({{'torch'}} & {{*sys.modules}}))"
+    found = "print(sorted({{'torch', 'numpy'}} & {{*sys.modules}}))"
+    code = f"import sys, mmdit.run\ntry: mmdit.run.main({{}})\nfinally: {found}"
     for arguments in (
         ["--help"],
         ["x", "--steps", "many"],

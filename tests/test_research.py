@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from toys import OneByOne, trained_here
 
-from benchmarks.emoji import compare, data, train
+from benchmarks.emoji import compare, data, train, training
 from benchmarks.emoji.beginning import config_of, initialise, weights_of
 from benchmarks.emoji.compare import Curve, interval, table
 from benchmarks.emoji.networks import MMDIT
@@ -45,7 +45,7 @@ def run_of(out: Path, scenes: Path, *more: str, variant: Any = PLAIN) -> Run:
 @pytest.fixture(autouse=True)
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measured often, on few scenes."""
-    monkeypatch.setattr(train, "EVERY", 4)
+    monkeypatch.setattr(training, "EVERY", 4)
     monkeypatch.setattr(data, "HELD_OUT", 10)
 
 

@@ -14,11 +14,8 @@ scene. At the end OUT is a model's folder too, the averaged weights beside the d
 
 import argparse
 import json
-import signal
 import sys
-import time
 from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,76 +27,35 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.check_variant import save_model
 from benchmarks.emoji import data
 from benchmarks.emoji.beginning import config_of, generator_of, initialise, weights_of
-from benchmarks.emoji.lean import lean_attention, lean_norms
-from benchmarks.emoji.optimizer import Both
-from benchmarks.emoji.run_state import Average, number_format, save
-from benchmarks.emoji.train_mmdit import optimizer_of
+from benchmarks.emoji.training import LEVELS, Budget, Training, sample, train, velocity_loss
 from mmdit import variants
 from mmdit.common.errors import SettingsError
-from mmdit.model import MMDiT
 from mmdit.upcycle import summary, upcycle
 from mmdit.variants import PLAIN, Variant
 from weights import CheckpointError
 
-DROP_CAPTION, DROP_T5 = 0.1, 0.15
 NOISE_MEAN, NOISE_SPREAD = 0.0, 1.0  # of the logit of sigma
-LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of noise, at which what is held out is measured
-HORIZON = 100  # steps averaged over
-EVERY = 250  # steps between two measurements
-WARMUP = 50
 
 
-@dataclass(frozen=True)
-class Budget:
-    """How long to train: `20min`, `steps:3000` or `flops:1e15`."""
-
-    unit: str
-    amount: float
-
-    @classmethod
-    def read(cls, text: str) -> "Budget":
-        """Raises ValueError."""
-        name, _, amount = ("seconds", "", text.removesuffix("min")) if text.endswith("min") else text.partition(":")
-        if name not in ("seconds", "steps", "flops") or not float(amount) > 0:
-            raise ValueError(text)
-        return cls(name, float(amount) * (60 if text.endswith("min") else 1))
-
-
-class Run:
-    """A variant in training, with all that its checkpoint holds."""
+class Run(Training):
+    """A variant in training."""
 
     def __init__(self, variant: Variant, args: argparse.Namespace) -> None:
-        self.args, self.variant, self.path = args, variant, args.out / "run.pt"
-        self.device = torch.device(args.device)
-        self.dtype = number_format(self.device) if args.dtype == "auto" else getattr(torch, args.dtype)
-        path = data.provide(args.data, args.size, self.device, args.scenes)
-        self.train, self.held = (part.read_by(variant.encoders) for part in data.load(path, self.device))
-        self.model = variant.build(config_of(variant, args.width, args.depth))
-        initialise(self.model, args.seed)
-        if args.init and not self.path.exists():
-            print(summary(upcycle(self.model, weights_of(args.init))), flush=True)
-        self.model.to(self.device)
-        self.optimizer: Both = optimizer_of(self.model)
-        self.average = Average(self.model, HORIZON)
-        self.step, self.spent, self.lines = 0, 0.0, []
+        self.args, self.variant = args, variant
+        device = torch.device(args.device)
+        path = data.provide(args.data, args.size, device, args.scenes)
+        self.train, self.held = (part.read_by(variant.encoders) for part in data.load(path, device))
+        model = variant.build(config_of(variant, args.width, args.depth))
+        initialise(model, args.seed)
+        if args.init and not (args.out / "run.pt").exists():
+            print(summary(upcycle(model, weights_of(args.init))), flush=True)
+        dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
+        super().__init__(model, args.out, args.rate, device, dtype)
         self.losses: dict[int, np.ndarray] = {}  # of the held-out scenes (scenes, levels), by step
-        self.copy = self.compute_copy()
         self.flops = self.count()
-        if self.path.exists():
-            self.load(torch.load(self.path, weights_only=True, map_location=self.device))
-
-    def compute_copy(self) -> MMDiT:
-        """The model that computes, in the machine's number format; what was written for CPUs is laid on it there."""
-        model = deepcopy(self.model).to(self.dtype)
-        if self.device.type == "cpu":
-            lean_norms(model)
-            lean_attention(model)
-        return model
-
-    @torch.no_grad()
-    def refresh(self) -> None:
-        for copy, original in zip(self.copy.parameters(), self.model.parameters()):
-            copy.copy_(original)
+        state = self.resume()
+        if state is not None:
+            self.losses = dict(zip(state["names"], state["held"].numpy()))
 
     def count(self) -> float:
         """Floating-point operations of a step, by torch's own counter, on the plain model."""
@@ -109,38 +65,15 @@ class Run:
             velocity_loss(model, *few).mean().backward()
         return counter.get_total_flops() / 2 * self.args.batch
 
-    def sample(self, step: int, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def sample(self, step: int, count: int) -> tuple[Tensor, ...]:
         """Latents, noise, sigma, contexts and pooled vectors of a step, by seed and step alone."""
-        generator = generator_of(self.args.seed, step)
-        rows = torch.randint(len(self.train), (count,), generator=generator)
-        empty, without = (torch.rand(count, generator=generator) < p for p in (DROP_CAPTION, DROP_T5))
-        sigma = torch.sigmoid(NOISE_MEAN + NOISE_SPREAD * torch.randn(count, generator=generator))
-        noise = torch.randn(count, *self.train.latents.shape[1:], generator=generator)
-        rows, empty, without, sigma, noise = (t.to(self.device) for t in (rows, empty, without, sigma, noise))
-        latents, context, pooled = self.train.batch(rows, empty, without)
-        return latents.float(), noise, sigma, context, pooled
+        return sample(self.train, count, generator_of(self.args.seed, step), NOISE_MEAN, NOISE_SPREAD)[1]
 
     def update(self) -> float:
-        loss = velocity_loss(self.copy, *self.sample(self.step, self.args.batch)).mean()
-        loss.backward()
-        for original, copy in zip(self.model.parameters(), self.copy.parameters()):
-            original.grad = None if copy.grad is None else copy.grad.to(original.dtype)
-            copy.grad = None
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.step += 1
-        self.optimizer.step(self.args.rate * min(1.0, self.step / WARMUP))
-        self.average.update()
-        self.refresh()
-        return float(loss.detach())
+        return self.descend(velocity_loss(self.copy, *self.sample(self.step, self.args.batch)).mean())
 
     @torch.no_grad()
-    def averaged(self) -> MMDiT:
-        model = deepcopy(self.copy)
-        model.load_state_dict({name: tensor.to(self.dtype) for name, tensor in self.average.state().items()})
-        return model
-
-    @torch.no_grad()
-    def measure(self) -> np.ndarray:
+    def held_out(self) -> np.ndarray:
         """The averaged weights' loss of every held-out scene at every level, `(scenes, levels)`, by the same noise."""
         model, generator, held = self.averaged(), torch.Generator().manual_seed(0), self.held
         found = []
@@ -153,35 +86,19 @@ class Run:
             found.append(torch.cat(parts))
         return torch.stack(found, dim=1).cpu().numpy()
 
-    # ---- what is kept ----------------------------------------------------------------------------
+    def measure(self, loss: float) -> None:
+        found = self.losses[self.step] = self.held_out()
+        by_level = {str(level): round(float(x), 5) for level, x in zip(LEVELS, found.mean(0))}
+        held_out = round(float(found.mean()), 5)
+        told = {"loss": round(loss, 5), "held_out": held_out, "by_level": by_level}
+        self.write({"flops": self.step * self.flops, **told})
+        held: dict[str, Any] = {str(step): losses for step, losses in self.losses.items()}
+        np.savez(self.out / "heldout.npz", **held)
 
-    def save(self) -> None:
+    def save(self, **more: Any) -> None:
         names = list(self.losses)
         held = torch.from_numpy(np.stack([self.losses[n] for n in names])) if names else torch.empty(0)
-        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
-        more = {"average": self.average.values, "averaged": self.average.steps, "spent": self.spent}
-        save(self.path, {**state, **more, "lines": self.lines, "names": names, "held": held})
-
-    def load(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.average.values, self.average.steps = state["average"], state["averaged"]
-        self.step, self.spent, self.lines = state["step"], state["spent"], state["lines"]
-        self.losses = dict(zip(state["names"], state["held"].numpy()))
-        self.refresh()
-
-    def write(self, loss: float) -> None:
-        """A line of the log, and the rest of what may be looked at while it trains."""
-        self.losses[self.step] = self.measure()
-        by_level = {str(level): round(float(x), 5) for level, x in zip(LEVELS, self.losses[self.step].mean(0))}
-        held_out = round(float(self.losses[self.step].mean()), 5)
-        line = {"step": self.step, "seconds": round(self.spent, 1), "flops": self.step * self.flops,
-                "loss": round(loss, 5), "held_out": held_out, "by_level": by_level}  # fmt: skip
-        self.lines.append(line)
-        (self.args.out / "log.jsonl").write_text("".join(json.dumps(each) + "\n" for each in self.lines))
-        held: dict[str, Any] = {str(step): losses for step, losses in self.losses.items()}
-        np.savez(self.args.out / "heldout.npz", **held)
-        print(json.dumps(line), flush=True)
+        super().save(names=names, held=held, **more)
 
     def finish(self) -> None:
         model = deepcopy(self.model)
@@ -192,42 +109,6 @@ class Run:
                 "depth": self.args.depth, "size": self.args.size, "batch": self.args.batch, "parameters": numbers,
                 "flops_a_step": self.flops, "steps": self.step, "seconds": self.spent}  # fmt: skip
         (self.args.out / "run.json").write_text(json.dumps(told, indent=1) + "\n")
-
-
-def velocity_loss(
-    model: MMDiT, latents: Tensor, noise: Tensor, sigma: Tensor, context: Tensor, pooled: Tensor
-) -> Tensor:
-    """Of each sample `(B,)`, in float32."""
-    dtype = next(model.parameters()).dtype
-    x = torch.lerp(latents, noise, sigma[:, None, None, None]).to(dtype)
-    velocity = model(x, sigma, context.to(dtype), pooled.to(dtype))
-    return (velocity.float() - (noise - latents)).square().flatten(1).mean(1)
-
-
-def train(run: Run, budget: Budget) -> bool:
-    """To the end of the budget; False where SIGTERM came before: then it is saved."""
-    stop, saved, running = [], time.monotonic(), 0.0
-    before = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
-    try:
-        while {"seconds": run.spent, "steps": run.step, "flops": run.step * run.flops}[budget.unit] < budget.amount:
-            begin = time.monotonic()
-            loss = run.update()
-            run.spent += min(time.monotonic() - begin, 10.0)  # a paused process loses nothing
-            running = 0.98 * running + 0.02 * loss if running else loss
-            if run.step % EVERY == 0:
-                run.write(running)
-            if stop or time.monotonic() - saved > 60:
-                run.save()
-                saved = time.monotonic()
-            if stop:
-                return False
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    if run.step not in run.losses:
-        run.write(running)
-    run.save()
-    run.finish()
-    return True
 
 
 def parser_of() -> argparse.ArgumentParser:

@@ -12,11 +12,7 @@ without the net. At the end OUT/net is a folder for --control:
 """
 
 import argparse
-import json
-import signal
 import sys
-import time
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +24,8 @@ from torch import Tensor
 
 from benchmarks.emoji import data
 from benchmarks.emoji.beginning import generator_of
-from benchmarks.emoji.lean import lean_attention, lean_norms
-from benchmarks.emoji.run_state import Average, number_format, save
 from benchmarks.emoji.scenes import render
-from benchmarks.emoji.train import DROP_CAPTION, DROP_T5, HORIZON, LEVELS, WARMUP, Budget, velocity_loss
-from benchmarks.emoji.train_mmdit import optimizer_of
+from benchmarks.emoji.training import LEVELS, Budget, Training, sample, train, velocity_loss
 from mmdit import Pipeline
 from mmdit.common.files import beside, put
 from mmdit.control.adding import Added, adding
@@ -44,7 +37,6 @@ from weights import fill, open_checkpoint, published
 from weights.keymap import CONTROL, revert, to_diffusers
 
 STEEP = 48  # of a brightness from 0 to 255, between a pixel and the next but one: an edge
-EVERY = 250  # steps between two measurements
 LARGEST = 10_000_000  # bytes of the file
 
 
@@ -89,39 +81,22 @@ def begun(transformer: MMDiT, depth: int) -> ControlNet:
     return net
 
 
-class Run:
-    """A ControlNet in training, with all that its checkpoint holds."""
+class Run(Training):
+    """A ControlNet in training."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.path, self.device = args, args.out / "run.pt", torch.device(args.device)
-        self.dtype = number_format(self.device)
-        self.train, self.held = data.load(data.provide(args.data, args.size, self.device, args.scenes), self.device)
-        drawn = provide_edges(args.data, args.size, args.scenes, self.device).to(self.device)
+        self.args, device = args, torch.device(args.device)
+        self.train, self.held = data.load(data.provide(args.data, args.size, device, args.scenes), device)
+        drawn = provide_edges(args.data, args.size, args.scenes, device).to(device)
         self.drawn, self.drawn_held = drawn[data.HELD_OUT :], drawn[: data.HELD_OUT]
         transformer = transformer_of(args.model)
-        self.net = begun(transformer, args.depth).to(self.device)
-        size = 2 * sum(tensor.numel() for tensor in self.net.state_dict().values())
+        net = begun(transformer, args.depth)
+        size = 2 * sum(tensor.numel() for tensor in net.state_dict().values())
         if size > LARGEST:
             raise SystemExit(f"--depth {args.depth}: {size / 1e6:.1f} MB, expected at most {LARGEST / 1e6:.0f}")
+        super().__init__(net, args.out, args.rate, device, None)
         self.transformer = self.computing(transformer)
-        self.copy = self.computing(self.net)
-        self.optimizer, self.average = optimizer_of(self.net), Average(self.net, HORIZON)
-        self.step, self.spent, self.lines = 0, 0.0, []
-        if self.path.exists():
-            self.load(torch.load(self.path, weights_only=True, map_location=self.device))
-
-    def computing(self, model: Any) -> Any:
-        """A copy in the machine's number format; what was written for CPUs is laid on it there."""
-        model = deepcopy(model).to(self.device, self.dtype)
-        if self.device.type == "cpu":
-            lean_norms(model)
-            lean_attention(model)
-        return model
-
-    @torch.no_grad()
-    def refresh(self) -> None:
-        for copy, original in zip(self.copy.parameters(), self.net.parameters()):
-            copy.copy_(original)
+        self.resume()
 
     def loss(self, net: ControlNet, drawn: Tensor, given: tuple[Tensor, ...], scale: float = 1.0) -> Tensor:
         """Of each sample `(B,)`. drawn: latents of edges. given: as `velocity_loss` takes it."""
@@ -132,30 +107,13 @@ class Run:
             return velocity_loss(self.transformer, latents, noise, sigma, context, pooled)
 
     def update(self) -> float:
-        generator, count = generator_of(self.args.seed, self.step), self.args.batch
-        rows = torch.randint(len(self.train), (count,), generator=generator)
-        empty, without = (torch.rand(count, generator=generator) < p for p in (DROP_CAPTION, DROP_T5))
-        sigma = torch.sigmoid(torch.randn(count, generator=generator))
-        noise = torch.randn(count, *self.train.latents.shape[1:], generator=generator)
-        rows, empty, without, sigma, noise = (t.to(self.device) for t in (rows, empty, without, sigma, noise))
-        latents, context, pooled = self.train.batch(rows, empty, without)
-        loss = self.loss(self.copy, self.drawn[rows], (latents.float(), noise, sigma, context, pooled)).mean()
-        loss.backward()
-        for original, copy in zip(self.net.parameters(), self.copy.parameters()):
-            original.grad = None if copy.grad is None else copy.grad.to(original.dtype)
-            copy.grad = None
-        torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
-        self.step += 1
-        self.optimizer.step(self.args.rate * min(1.0, self.step / WARMUP))
-        self.average.update()
-        self.refresh()
-        return float(loss.detach())
+        rows, given = sample(self.train, self.args.batch, generator_of(self.args.seed, self.step))
+        return self.descend(self.loss(self.copy, self.drawn[rows], given).mean())
 
     @torch.no_grad()
     def measure(self, loss: float) -> None:
         """A line of the log: held-out loss with the averaged net, and without any."""
-        net, held, generator = deepcopy(self.copy), self.held, torch.Generator().manual_seed(0)
-        net.load_state_dict({name: tensor.to(self.dtype) for name, tensor in self.average.state().items()})
+        net, held, generator = self.averaged(), self.held, torch.Generator().manual_seed(0)
         losses: dict[str, list[float]] = {"with": [], "without": []}
         for level in LEVELS:
             noise = torch.randn(held.latents.shape, generator=generator).to(self.device)
@@ -164,26 +122,11 @@ class Run:
                 given = (held.latents[rows].float(), noise[rows], sigma, held.context[rows], held.pooled[rows])
                 for name, scale in (("with", 1.0), ("without", 0.0)):
                     losses[name] += self.loss(net, self.drawn_held[rows], given, scale).tolist()
-        line = {"step": self.step, "seconds": round(self.spent, 1), "loss": round(loss, 5)}
-        self.lines.append(line | {name: round(sum(each) / len(each), 5) for name, each in losses.items()})
-        (self.args.out / "log.jsonl").write_text("".join(json.dumps(each) + "\n" for each in self.lines))
-        print(json.dumps(self.lines[-1]), flush=True)
+        self.write({"loss": round(loss, 5)} | {name: round(sum(each) / len(each), 5) for name, each in losses.items()})
 
-    def save(self) -> None:
-        state = {"net": self.net.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
-        more = {"average": self.average.values, "averaged": self.average.steps, "spent": self.spent}
-        save(self.path, {**state, **more, "lines": self.lines})
-
-    def load(self, state: dict[str, Any]) -> None:
-        self.net.load_state_dict(state["net"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.average.values, self.average.steps = state["average"], state["averaged"]
-        self.step, self.spent, self.lines = state["step"], state["spent"], state["lines"]
-        self.refresh()
-
-    def export(self) -> Path:
+    def finish(self) -> None:
         """The averaged net as a diffusers folder, in bfloat16."""
-        native, folder = self.average.state(), self.args.out / "net"
+        native, folder = self.average.state(), self.out / "net"
         folder.mkdir(exist_ok=True)
         tensors = {
             name: revert(entry, native[entry.sources[0]]).bfloat16().contiguous().cpu()
@@ -192,29 +135,7 @@ class Run:
         save_file(tensors, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
         shapes = {name: tuple(tensor.shape) for name, tensor in native.items()}
         published.write_json(folder / "config.json", published.control_config(shapes, pooled_zeros=False))
-        return folder
-
-
-def train(run: Run, budget: Budget) -> bool:
-    """To the end of the budget; False where SIGTERM came before: then it is saved."""
-    stop, saved, running = [], time.monotonic(), 0.0
-    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
-    while (run.spent if budget.unit == "seconds" else run.step) < budget.amount:
-        begin = time.monotonic()
-        loss = run.update()
-        run.spent += min(time.monotonic() - begin, 10.0)  # a paused process loses nothing
-        running = 0.98 * running + 0.02 * loss if running else loss
-        if run.step % EVERY == 0:
-            run.measure(running)
-        if stop or time.monotonic() - saved > 60:
-            run.save()
-            saved = time.monotonic()
-        if stop:
-            return False
-    run.measure(running)
-    run.save()
-    print(run.export(), flush=True)
-    return True
+        print(folder, flush=True)
 
 
 def main(arguments: Any = None) -> int:

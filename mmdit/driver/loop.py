@@ -30,6 +30,7 @@ from mmdit.memory.plan import Job, Plan
 from mmdit.memory.residency import Mode, Role, of_role
 from mmdit.prepared import Prepared, Row
 from samplers import Ask, Evaluation, Guidance, Moment, Source, Step, drawing
+from samplers.noise import going_on
 
 _TOKENS = {"cuda": 2**16}  # denoised at a time: more are no faster, and make the first picture late
 _TOKENS_ELSEWHERE = 2**13
@@ -294,7 +295,7 @@ class Drawing:
         self.settings[index], s = replace(self.pictures[index], **actual), replace(alike[index], **actual)
         sigmas, noise = sigmas_of(s, stages.shift), noise_of(stages, s)
         latents, keep = way_of(start, noise, sigmas, stages.dtype if RULES[s.like].rounds_latents else None)
-        guidance, source = partial(guidance_of, s, stages.shift), partial(stages.noise_source, s.seed, noise, s.rng)
+        guidance, source = partial(guidance_of, s, stages.shift), partial(going_on, s.seed, noise, s.rng)
         picture = Picture(index, s, latents, sigmas, self._tell, guidance, source, keep)
         picture.controls = self._controls.get(control_of(s), [])
         own = {name: texts[text] for name, text in texts_of(s).items()}

@@ -7,7 +7,6 @@ stage is called from, it has the networks for itself until it returns.
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
 from threading import RLock
 from time import perf_counter
 from typing import Any, TypeVar
@@ -36,7 +35,6 @@ from samplers import (
     PROMPT,
     Ask,
     Moment,
-    Source,
     Velocity,
     classifier_free_guidance,
     combined,
@@ -212,17 +210,6 @@ class Stages:
         self.check_finite(text.context[:, clip:], "T5's context" if clip else "the text's context")
         self.check_finite(text.pooled, "CLIP's pooled vector" if clip else "the text's pooled vector")
         return text
-
-    def noise_source(self, seed: int, like: Tensor, rng: str = "cpu") -> Source:
-        """Noise that goes on where the starting latents of this seed, shaped as `like`, end."""
-
-        @cache  # most solvers ask for none
-        def draw() -> Callable[[tuple[int, ...]], Tensor]:
-            generator = generator_of(seed, rng)
-            generator(like.shape[1:])
-            return generator
-
-        return lambda x: draw()(x.shape[1:])[None].to(x)
 
     def noise(self, width: int, height: int, seeds: Iterable[int], rng: str = "cpu") -> Tensor:
         """The starting latents, float32 `(B, C, h, w)`, drawn on the CPU so that every device starts alike.

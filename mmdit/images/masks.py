@@ -1,9 +1,13 @@
 """Masks as numbers: how free each pixel, and each cell of a latent, is to change."""
 
-import numpy as np
+from typing import TYPE_CHECKING
+
 from PIL import Image, ImageFilter
 
 from mmdit.images.shape import Margins
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def blurred(mask: Image.Image, radius: float) -> Image.Image:
@@ -20,12 +24,14 @@ def new_margins(size: tuple[int, int], margins: Margins) -> Image.Image:
     return mask
 
 
-def values(mask: Image.Image) -> np.ndarray:
+def values(mask: Image.Image) -> "np.ndarray":
     """A mask as float32 `(H, W)` from 0, which stays, to 1, which is painted anew."""
+    import numpy as np  # a tenth of a second that --help and mistakes do without
+
     return np.asarray(mask, dtype=np.float32) / 255
 
 
-def cells(mask: np.ndarray, downscale: int) -> np.ndarray:
+def cells(mask: "np.ndarray", downscale: int) -> "np.ndarray":
     """A mask `(H, W)` for the cells of a latent, `(H / downscale, W / downscale)`: each as free as its freest pixel.
 
     What is painted anew is then free as a whole; the pixels of such a cell that were to stay are put back afterwards.

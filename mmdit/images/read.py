@@ -14,7 +14,6 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from mmdit.common.errors import SettingsError
@@ -194,6 +193,8 @@ def _plain(image: Image.Image) -> Image.Image:
     """Upright, RGB, or where something is transparent RGBA."""
     turn = _turn(image)
     if image.mode.startswith("I"):  # 16 bits, in whatever order of bytes, in whatever number type
+        import numpy as np
+
         wide = np.asarray(image).astype(np.int64).clip(0, 65535)
         if image.format is None and wide.max(initial=0) <= 255:  # made in Python, of numbers as 8 bits have them
             wide = wide * 257

@@ -7,7 +7,6 @@ size already is not resampled.
 import math
 from typing import NamedTuple
 
-import numpy as np
 from PIL import Image
 
 
@@ -98,6 +97,8 @@ def _filter(image: Image.Image) -> Image.Resampling:
 
 def extended(image: Image.Image, margins: Margins) -> Image.Image:
     """With more pixels on each side: of a picture its edge repeated, of a mask black."""
+    import numpy as np
+
     if margins == (0, 0, 0, 0):
         return image
     rows, columns = (margins.top, margins.bottom), (margins.left, margins.right)
@@ -108,6 +109,8 @@ def extended(image: Image.Image, margins: Margins) -> Image.Image:
 
 def completed(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """With rows and columns more, below and to the right, up to a size; its edge is repeated, of masks too."""
+    import numpy as np
+
     if image.size == size:
         return image
     more = [(0, size[1] - image.height), (0, size[0] - image.width), (0, 0)]
@@ -150,6 +153,8 @@ def put_back(original: Image.Image, drawn: Image.Image, mask: Image.Image, box: 
 
     mask: of the original's size. box: where in the original the drawn picture belongs; None: all of it.
     """
+    import numpy as np
+
     box = box or Box(0, 0, *original.size)
     result = np.array(original)
     rows, columns = slice(box.top, box.bottom), slice(box.left, box.right)
