@@ -19,7 +19,7 @@ from mmdit.driver.likeness import filled
 from mmdit.driver.output import Saver, check_previews, check_writable, is_file, picture_path, preview_path, save_dump
 from mmdit.driver.pictures import check_pictures
 from mmdit.driver.prompts import Folders, read_prompts, told_at
-from mmdit.driver.repeat import settings_of_picture
+from mmdit.driver.repeat import settings_of_picture, without_levels
 from mmdit.driver.settings import Settings, alone
 
 if TYPE_CHECKING:
@@ -84,11 +84,7 @@ def repeating(given: dict[str, Any]) -> dict[str, Any]:
     for hashed, mark in hashes.items():
         if given.keys() & set(marked(Settings, mark)):  # others are wanted
             found.pop(hashed, None)
-    levels = {"sigmas": ("steps", "schedule", "shift"), **dict.fromkeys(("steps", "schedule", "shift"), ("sigmas",))}
-    for name in given.keys() & levels.keys():  # what is given says where the levels lie
-        for other in levels[name]:
-            found.pop(other, None)
-    return {**found, **filled(given, found)}
+    return without_levels(found, given) | filled(given, found)
 
 
 def run(settings: Settings) -> None:

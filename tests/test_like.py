@@ -12,6 +12,7 @@ from mmdit.driver.options import LikeOptions
 from mmdit.driver.settings import SD35_MEDIUM_DEFAULTS, Settings, settings_from
 from mmdit.run import settings_of
 from samplers import Moment, shifted_sigmas
+from samplers.noise import generator_of, going_on
 from samplers.philox import CudaNoise
 
 # ---- settings --------------------------------------------------------------------------------------
@@ -108,3 +109,12 @@ def test_its_noise_is_normal_and_goes_on() -> None:
     assert torch.equal(CudaNoise(7)((200, 500)), first)
     assert not torch.equal(CudaNoise(8)((200, 500)), first)
     assert torch.equal(CudaNoise(-1)((4,)), CudaNoise(2**64 - 1)((4,)))
+
+
+@pytest.mark.parametrize("rng", ["cpu", "cuda"])
+def test_noise_goes_on_where_the_start_ended(rng: str) -> None:
+    """The second and third draws of the seed's generator, for a start that was the first."""
+    draw = generator_of(7, rng)
+    start, *rest = (draw((2, 3, 4)) for _ in range(3))
+    source = going_on(7, start[None], rng)
+    assert all(torch.equal(source(start[None]), one[None]) for one in rest)

@@ -70,6 +70,24 @@ def test_a_picture_is_repeated_bit_for_bit(toy: Path, tmp_path: Path, capsys: py
     assert first.read_bytes() == before
 
 
+def test_levels_said_in_another_way(toy: Path, tmp_path: Path) -> None:
+    """Steps that are given take the place of levels written out, and these that of steps; also from Python."""
+    counted, written = tmp_path / "counted.png", tmp_path / "written.png"
+    base = ["a horse", "--model", str(toy), "--device", "cpu", "--dtype", "fp32"]
+    assert main([*base, "--steps", "3", "--shift", "2", "--schedule", "karras", "--out", str(counted)]) == 0
+    assert main([*base, "--sigmas", "1,0.7,0.3", "--out", str(written)]) == 0
+    pipe = Pipeline.load(toy, device="cpu", dtype="fp32")
+    for path, words, more, told in (
+        (counted, ["--sigmas", "1,0.5"], {"sigmas": "1,0.5"}, (2, "1.0,0.5", None, "normal")),
+        (written, ["--steps", "2"], {"steps": 2}, (2, None, None, "normal")),
+    ):
+        out = tmp_path / f"again-{path.name}"
+        assert main(["--from-png", str(path), *words, "--out", str(out)]) == 0
+        s = Settings(**settings_of_picture(out)[0])
+        assert (s.steps, s.sigmas, s.shift, s.schedule) == told
+        assert np.array_equal(np.asarray(pipe.repeat(path, **more)[0]), pixels(out))
+
+
 @pytest.mark.filterwarnings("default")
 def test_other_weights_are_told(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The files are others than those that drew it; not where the command line names a model."""

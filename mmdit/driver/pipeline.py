@@ -24,7 +24,7 @@ from mmdit.driver.loading import Parts, load_parts
 from mmdit.driver.loop import Drawing
 from mmdit.driver.options import OF_THE_COMMAND
 from mmdit.driver.preview import Glance
-from mmdit.driver.repeat import settings_of_picture
+from mmdit.driver.repeat import settings_of_picture, without_levels
 from mmdit.driver.settings import LOADED, Settings, alone, settings_from
 from mmdit.driver.stages import NotFiniteError, Stages
 from mmdit.driver.watch import OnStep, Stepped, Trace, Watcher
@@ -165,7 +165,7 @@ class Pipeline(Stages):
             differs = value not in (getattr(self.settings, name), self.actual.get(name))
             if differs and name not in marked(Settings, Mark.PATH):
                 left_out.append(f"{name} {value}")
-        settings = replace(self.asked({**given, **keywords}), size=hashes["size"])
+        settings = replace(self.asked({**without_levels(given, keywords), **keywords}), size=hashes["size"])
         if hashes["weights"] not in (None, self.actual["weights"]):
             left_out.append("other weights")
         if left_out:

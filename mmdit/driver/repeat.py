@@ -28,6 +28,13 @@ _USER_COMMENT, _EXIF = 0x9286, 0x8769  # of EXIF 2.32, section 4.6
 _TEXT = {b"UNICODE\0": "utf-16", b"ASCII\0\0\0": "utf-8", b"\0" * 8: "utf-8"}
 
 
+def without_levels(found: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file says, but for noise levels where what is given says them in another way."""
+    ways = ({"sigmas"}, {"steps", "schedule", "shift"})
+    others = {name for way, other in (ways, ways[::-1]) if given.keys() & way for name in other}
+    return {name: value for name, value in found.items() if name not in others - given.keys()}
+
+
 def settings_of_picture(path: str | Path) -> tuple[dict[str, Any], list[str]]:
     """The settings that a picture was drawn by, and in words what of them does not exist here.
 
