@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from shutil import copy
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -285,6 +286,22 @@ def test_a_picture_says_what_it_was_controlled_by(place: Place) -> None:
     assert pipeline.parts.fingerprint not in (loaded(place, "sd3.5").parts.fingerprint, loaded(place).parts.fingerprint)
 
 
+def test_other_pictures_than_it_was_controlled_by_are_told(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A picture repeated after the one that controls it was replaced; not where another is given, or none was."""
+    moved, first = tmp_path / "edges.png", tmp_path / "first.png"
+    copy(place.picture("one"), moved)
+    base = [PROMPT, "--model", str(place.model), "--t5", "off", "--width", "96", "--height", "64", "--steps", "1"]
+    assert main([*base, "--control", place.net("sd3"), "--control-image", str(moved), "--out", str(first)]) == 0
+    again = ["--from-png", str(first), "--out", str(tmp_path / "out")]
+    for picture, more, told in (("one", [], False), ("two", [], True), ("two", ["--control-image", str(moved)], False)):
+        copy(place.picture(picture), moved)
+        capsys.readouterr()
+        assert main([*again, *more]) == 0
+        assert ("was controlled by other pictures" in capsys.readouterr().err) == told
+
+
 OTHERS = {
     "wide": control_for(MEDIUM35, hidden_size=192, num_heads=3),
     "plain": control_for(TRANSFORMERS["sd3"]),
@@ -310,6 +327,10 @@ OTHERS = {
         ("--control sd3 --control-image one --control-interval 0:1.5", "control_interval is '0:1.5'"),
         ("--control sd3 --control-image one --control-type tile", "control_type is 'tile': expected one of"),
         ("--control sd3 --control-image one --control-mask mask", "control_mask: none of the ControlNets"),
+        (
+            "--control sd3 --control-image one --control-type canny",
+            "control_type: none of the ControlNets is of a type",
+        ),
         ("--control inpainting --control-image one", "control_mask is missing"),
         ("--control-mask mask", "control_mask is"),
         ("--control wide --control-image one", "a ControlNet for another model: tokens of 192, expected 128"),

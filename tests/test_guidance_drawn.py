@@ -162,6 +162,19 @@ def test_evaluations_are_one_batch_or_as_few_as_there_is_room_for(
     assert relative_error(parts, whole) <= 1e-5
 
 
+def test_the_first_step_rests(plain: Pipeline) -> None:
+    """With CFG-Zero* it asks nothing and changes nothing; the only step of a run is one as ever."""
+    sizes: list[int] = []
+    hook = plain.transformer.x_embedder.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    trace: dict[str, Tensor] = {}
+    plain.run(replace(plain.settings, prompt="a horse", steps=3, cfg_zero=True), trace)
+    assert sizes == [2, 2]
+    assert torch.equal(trace["latents.0"], trace["noise"]) and not torch.equal(trace["latents.1"], trace["noise"])
+    plain.run(replace(plain.settings, prompt="a horse", steps=1, cfg_zero=True))
+    hook.remove()
+    assert sizes == [2, 2, 2]
+
+
 def test_every_change_holds_where_blocks_come_and_go(plain: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same latents with the transformer streamed."""
     expected = [end_of(plain, **way) for way in WAYS[:2]]

@@ -105,6 +105,12 @@ def test_sixteen_bits_are_rounded(tmp_path: Path) -> None:
     assert np.array_equal(pixels(Given(Image.fromarray(grey.astype(np.int32), mode="I")))[..., 2], expected)
 
 
+def test_wide_numbers_of_eight_bits_are_taken_for_these() -> None:
+    """A mask from Python whose numbers go to 255 is not a black one of 16 bits."""
+    grey = np.array([[0, 1, 128, 255]], np.int32)
+    assert np.array_equal(pixels(Given(Image.fromarray(grey, mode="I")))[..., 0], grey)
+
+
 def png(header: bytes, rows: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
     every = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
     packed = (struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in every)
