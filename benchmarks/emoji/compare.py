@@ -47,7 +47,7 @@ class Curve(NamedTuple):
         i = min(max(int(np.searchsorted(x, amount)), 1), len(x) - 1) if len(x) > 1 else 0
         if len(x) == 1:
             return self.losses[0]
-        share = float(np.clip((amount - x[i - 1]) / (x[i] - x[i - 1]), 0, 1))
+        share = float(np.clip((amount - x[i - 1]) / max(x[i] - x[i - 1], 1e-9), 0, 1))
         return (1 - share) * self.losses[i - 1] + share * self.losses[i]
 
 

@@ -105,7 +105,7 @@ class Training:
 
     def write(self, line: dict[str, Any]) -> None:
         """A line of the log."""
-        self.lines.append({"step": self.step, "seconds": round(self.spent, 1), **line})
+        self.lines.append({"step": self.step, "seconds": round(self.spent, 3), **line})
         (self.out / "log.jsonl").write_text("".join(json.dumps(each) + "\n" for each in self.lines))
         print(json.dumps(self.lines[-1]), flush=True)
 
