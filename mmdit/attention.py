@@ -27,10 +27,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: Backend = "auto", bias: 
     q: `(B, N, heads, head size)`; k, v: `(B, M, heads, head size)`. backend: of BACKENDS; `missing` tells whether it is
     there. Or a function of q, k, v and bias that gives `(B, N, heads, head size)`. bias: added to the scores, shape
     `(B, heads, N, M)` or one that spreads to it; or of truth values, False where nothing is to be gathered. Backends
-    that know none leave it to PyTorch's. Returns `(B, N, heads * head size)`.
+    that know none, or no gradients, leave it to PyTorch's. Returns `(B, N, heads * head size)`.
     """
     if isinstance(backend, str):
-        plain = backend != "math" and (q.is_meta or (bias is not None and backend in _WITHOUT_BIAS))
+        lacking = (bias is not None and backend in _WITHOUT_BIAS) or (backend == "cores" and _wants_gradients(q, k, v))
+        plain = backend != "math" and (q.is_meta or lacking)
         compute: Computation = BACKENDS["sdpa" if plain else backend]
     else:
         compute = backend
@@ -71,9 +72,12 @@ def auto(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     """The fastest for what it is given: `cores` for bfloat16 on a CPU without gradients, else PyTorch's choice."""
     if q.device.type != "cpu":  # PyTorch's compiler knows that without a look into what follows, which it cannot read
         return sdpa(q, k, v, bias)
-    gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    worth = q.shape[1] * k.shape[1] >= _MANY and cores.available(q.device, q.dtype) and not gradients and bias is None
-    return cores.attend(q, k, v) if worth else sdpa(q, k, v, bias)
+    many = q.shape[1] * k.shape[1] >= _MANY and cores.available(q.device, q.dtype)
+    return cores.attend(q, k, v) if many and bias is None and not _wants_gradients(q, k, v) else sdpa(q, k, v, bias)
+
+
+def _wants_gradients(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:

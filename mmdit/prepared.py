@@ -8,7 +8,7 @@ The model itself is called as in training. While it is, three of its methods, gi
 memory; a model whose forward gives them anything else, or does without them, computes it as it is written.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mmdit.altered import Change, altered
 from mmdit.control.adding import Added, adding
+from mmdit.maps import Look, Seen, seen
 from mmdit.model import MMDiT, Modulation, Modulations
 
 
@@ -28,6 +29,7 @@ class Row(NamedTuple):
     sigma: float
     text: int  # of those that were prepared
     change: Change | None = None  # of the transformer
+    look: Look | None = None  # what else is wanted
 
 
 class Known(NamedTuple):
@@ -115,6 +117,21 @@ def predict(latents: Tensor, rows: Sequence[Row], added: Sequence[Added] = (), m
 
     Rows that share noise level and preparation should lie side by side: they are looked up at once.
     """
+    with _ready(latents, rows, added) as call:
+        return call(latents, *more)
+
+
+def look(
+    latents: Tensor, rows: Sequence[Row], added: Sequence[Added] = ()
+) -> tuple[Tensor, list[Seen | None]]:  # fmt: skip
+    """The same velocity, and what each row looks at; `mmdit.maps.seen` says how. What is added is taken as it is."""
+    with _ready(latents, rows, added) as call:
+        return seen(rows[0].prepared.model, latents, [row.look for row in rows], call)
+
+
+@contextmanager
+def _ready(latents: Tensor, rows: Sequence[Row], added: Sequence[Added]) -> Iterator[Callable[..., Any]]:
+    """Meanwhile the model is as these rows need it; what calls it with latents such as these."""
     groups = [(*key, tuple(row.text for row in some)) for key, some in groupby(rows, lambda row: row[:2])]
     found = [prepared.known(sigma, texts) for prepared, sigma, texts in groups]
     known = found[0] if len(groups) == 1 else together(found)
@@ -124,7 +141,7 @@ def predict(latents: Tensor, rows: Sequence[Row], added: Sequence[Added] = (), m
             changes.setdefault(row.change, []).append(i)
     # What is added comes last: a block that rows skip has it added all the same, as in diffusers.
     with answering(first, latents, known), altered(first.model, changes), adding(first.model, added):
-        return first.model(latents, known.sigma, known.context, known.pooled, *more)
+        yield lambda x, *more: first.model(x, known.sigma, known.context, known.pooled, *more)
 
 
 def together(groups: Sequence[Known]) -> Known:

@@ -9,7 +9,8 @@ import os
 import shutil
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +25,7 @@ from mmdit.common.errors import SettingsError
 from mmdit.kernels.stock import forward_is
 from mmdit.model import LayerNorm, MMDiT
 
+_COMPILED = "of_mmdit"  # a mark on what is put in a block's place
 _SHAPES = 64  # kinds of block times sizes and batches; past PyTorch's own limit, 8, the next would not be compiled
 
 
@@ -85,7 +87,24 @@ def _block_by(plain: Callable[..., Any], compiled: Callable[..., Any]) -> Callab
         current = type(self).forward
         return compiled(self, x, *given) if current is plain and not x.is_meta else current(self, x, *given)
 
+    forward.__dict__[_COMPILED] = True
     return forward
+
+
+@contextmanager
+def uncompiled(model: MMDiT) -> Iterator[None]:
+    """Meanwhile blocks compute by their own code: for what changes from call to call, which each call would compile."""
+    blocks = [
+        block
+        for block in model.get_submodule(model.layout.blocks or "").children()
+        if hasattr(vars(block).get("forward"), _COMPILED)
+    ]
+    ways = [vars(block).pop("forward") for block in blocks]
+    try:
+        yield
+    finally:
+        for block, way in zip(blocks, ways):
+            block.forward = way
 
 
 def compile_norms(model: MMDiT) -> None:

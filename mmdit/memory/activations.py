@@ -5,20 +5,22 @@ bounds are arithmetic, as decoding is (`vae.memory`); they hold for the transfor
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mmdit.attention import attention_by
 from mmdit.control.network import ControlConfig, ControlNet
+from mmdit.maps import Look
 from mmdit.memory.devices import locked_bytes
 from mmdit.memory.empty import emptied, on_meta
 from mmdit.memory.meter import held_bytes, peak_bytes
 from mmdit.memory.plan import Job
 from mmdit.memory.residency import Network, Role, of_role
-from mmdit.prepared import Prepared, Row, predict
+from mmdit.prepared import Prepared, Row, look, predict
 from text_encoders import CLIPConfig
 from vae import cpu_rows, decode_peak, encode_peak, locked_places, rows_for
 
@@ -26,6 +28,8 @@ _UNITS = 20  # tensors as large as all tokens together that a step never needs m
 _TABLES = 2  # of scores, and
 _EXACT = 8  # tensors as large as all tokens, in float32, that attention by the formula needs beside them
 _FLOAT32 = 4  # bytes
+_KEPT = 60  # tensors as large as all tokens that a block never keeps more of for its gradients
+_LOOKED_AT = 8  # tokens of the text whose maps a picture with gradients is taken to need
 
 
 class Activations:
@@ -89,28 +93,42 @@ class Activations:
 
     def denoising(self, name: str, job: Job, batch: int) -> int:
         """Bytes for one step of `batch` pictures, without the table."""
+        key = (name, job.rows, job.columns, job.texts, job.changed, batch, job.apart, self._context(job), job.attention)
 
-        def measure() -> int:
+        def measure(step: Callable[..., object]) -> int:
             model = self._empty(name)
             attention_by(model, job.attention)
-            return peak_bytes(self._step, model, job, batch) - self._told(name, job.texts * (batch if job.apart else 1))
+            return peak_bytes(step, model, job, batch) - self._told(name, job.texts * (batch if job.apart else 1))
 
-        key = (name, job.rows, job.columns, job.texts, job.changed, batch, job.apart, self._context(job), job.attention)
-        return self._once(key, measure)
+        found = self._once(key, lambda: measure(self._step))
+        if not job.steep or isinstance(self._networks[name].module, ControlNet):
+            return found
+        return max(found, self._once((*key, "steep"), lambda: measure(self._steep_step)))
+
+    def _steep_step(self, model: Any, job: Job, batch: int) -> object:
+        """The velocity for one text of each picture with the gradient of a cost, on "meta"."""
+        wanted = Look(tuple(range(_LOOKED_AT)), lambda maps: maps.square().sum())
+        latents, rows = self._rows(model, job, batch, [i * job.texts if job.apart else 0 for i in range(batch)])
+        return look(latents, [row._replace(look=wanted) for row in rows])
 
     def _step(self, model: Any, job: Job, batch: int) -> object:
         """The velocity of a batch in a first step, on "meta"."""
-        config = model.config
-        texts, each = (job.texts * batch, 1) if job.apart else (job.texts, batch)
+        each = 1 if job.apart else batch
+        texts = [text for text in range(job.texts * batch // each) for _ in range(each)] + [0] * (job.changed * batch)
+        latents, rows = self._rows(model, job, batch, texts)
+        if isinstance(model, ControlNet):
+            return predict(latents, rows, more=model.beside(latents))
+        return predict(latents, rows).float()
+
+    def _rows(self, model: Any, job: Job, batch: int, rows: Sequence[int]) -> tuple[Tensor, list[Row]]:
+        """Latents of a batch on "meta", and what is asked of each. rows: their texts."""
+        config, texts = model.config, job.texts * (batch if job.apart else 1)
         context = torch.empty(texts, self._context(job), config.context_size, dtype=self._dtype, device="meta")
         pooled = torch.empty(texts, config.pooled_size, dtype=self._dtype, device="meta")
         latents = torch.empty(batch, config.in_channels, job.rows, job.columns, device="meta")
-        rows = [text for text in range(texts) for _ in range(each)] + [0] * (job.changed * batch)
         prepared = Prepared(model, context, pooled, (1.0,))
-        latents = torch.cat([latents] * (job.texts + job.changed)).to(self._dtype)
-        if isinstance(model, ControlNet):
-            return predict(latents, [Row(prepared, 1.0, row) for row in rows], more=model.beside(latents))
-        return prepared(latents, 1.0, rows).float()
+        latents = torch.cat([latents] * (len(rows) // batch)).to(self._dtype)
+        return latents, [Row(prepared, 1.0, row) for row in rows]
 
     def denoising_bound(self, name: str, job: Job, batch: int) -> int:
         """Bytes that `denoising` does not exceed."""
@@ -120,6 +138,8 @@ class Activations:
         numbers = rows * each * _UNITS * config.hidden_size + rows * length * config.context_size
         if isinstance(config, ControlConfig):  # what each block adds
             numbers += rows * each * config.depth * config.hidden_size
+        if job.steep:  # what goes into each block, and what one of them keeps on the way back
+            numbers += batch * each * (config.depth + _KEPT) * config.hidden_size
         found = self._dtype.itemsize * numbers
         source, shapes = self._networks[name].source, self._networks[name].shapes
         if any(f"{tensor}_scale" in source.shapes for tensor in shapes):  # a matrix in 8 bits is turned back to be used

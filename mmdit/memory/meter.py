@@ -70,9 +70,24 @@ class FusedAttention(TorchFunctionMode):
     ) -> Any:  # fmt: skip
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
-        q, v = args[0], args[2]
+        q, k, v = args[:3]
+        return _Fused.apply(q, k, v)
+
+
+class _Fused(torch.autograd.Function):
+    """What it gives and, on the way back, what it keeps and gives; no numbers."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format)[..., : v.shape[-1]]
-        return out.transpose(1, 2)
+        out = out.transpose(1, 2)
+        ctx.save_for_backward(q, k, v, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, _ = ctx.saved_tensors
+        return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (q, k, v))
 
 
 @torch.no_grad()

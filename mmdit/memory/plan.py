@@ -28,6 +28,7 @@ class Job(NamedTuple):
     context: int | None = None  # tokens of a text's context; None: as CLIP and T5 give it
     init: bool = False  # whether it begins with a picture, which is encoded
     changed: int = 0  # evaluations for each picture, beside one for each text, by a network that is changed
+    steep: bool = False  # whether gradients are wanted, of a cost of the attention
     chunks: int = 1  # of CLIP's tokens, each encoded as a text of its own
     blank: int = 0  # 1 where the empty prompt is encoded beside the texts
 

@@ -2,6 +2,9 @@
 
 The device holds two modules' weights at a time; a thread prepares the next one's. For CUDA see `mmdit.memory.paged`.
 For a CPU the thread does the conversion, and weights that need none are used where they lie in the file.
+
+Where gradients are computed a module's weights stay until the next one runs, since what goes back through it follows.
+On the way back modules that are computed again (`mmdit.maps`) come in the reverse order.
 """
 
 from collections.abc import Callable, Sequence
@@ -70,7 +73,8 @@ class Stream:
         self._carrier = carrier(names, source, device, (pages or Pages(device)) if rounds else None)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="weights")
         self._ahead: Ahead | None = None
-        self._turn: int | None = None  # of the unit that runs
+        self._turn: int | None = None  # of the unit that runs, or ran last and has not been left
+        self._unit = -1  # that one
         self._handles = []
         for i, unit in enumerate(units):
             self._handles.append(unit.module.register_forward_pre_hook(lambda *_, i=i: self._enter(i)))
@@ -91,19 +95,23 @@ class Stream:
 
     def _enter(self, i: int) -> None:
         ahead, self._ahead = self._ahead, None
-        if self._turn is not None:  # a round was broken off: the unit that ran then was not left
+        if self._turn is not None:  # gradients went back through it, or the round was broken off
+            self._unbind(self._unit)
             self._carrier.left(self._turn)
         if ahead is not None and ahead.unit != i:  # what comes for another unit is of no use, nor is its error
             ahead = None
         ahead = ahead or self._start(i)
         for name, tensor in ahead.tensors.result().items():
             self._bind(name, tensor.to(self._device))
-        self._turn = ahead.turn
+        back = 0 < i <= self._unit
+        self._turn, self._unit = ahead.turn, i
         self._carrier.arrived(ahead.turn)
         if self._rounds or i + 1 < len(self._units):
-            self._ahead = self._start((i + 1) % len(self._units))
+            self._ahead = self._start((i + (-1 if back else 1)) % len(self._units))
 
     def _leave(self, i: int) -> None:
+        if self._rounds and torch.is_grad_enabled():
+            return  # until the next enters
         self._unbind(i)
         assert self._turn is not None
         self._carrier.left(self._turn)

@@ -1,0 +1,178 @@
+"""Maps of attention: how much the image's tokens gather from chosen tokens of the text, with gradients to the latents.
+
+Exact, and never as the whole table: attention is computed once more with other values, a 1 for each of the chosen
+tokens and zeros elsewhere, so what is gathered is the share of each. Any fused kernel does that, with its gradients, in
+the memory of the chosen tokens alone.
+
+A pass with gradients keeps what goes into every block and computes the rest again on the way back, block by block. So
+weights may come and go meanwhile, as in a pass without.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from mmdit.attention import Backend, attention
+from mmdit.common.errors import SettingsError
+from mmdit.kernels.compiled import uncompiled
+from mmdit.model import MMDiT
+
+Cost = Callable[[Tensor], Tensor]  # of one latent's maps: a number
+
+_FP16 = 2.0**12  # what a cost is multiplied by on its way back in float16, where small gradients would be nothing
+
+
+class Look(NamedTuple):
+    """What is wanted of a latent beside its velocity."""
+
+    tokens: tuple[int, ...]  # of the text, by number: those that are attended to
+    cost: Cost | None = None  # then its gradient is wanted too
+
+
+class Seen(NamedTuple):
+    """What was found for a latent `(C, h, w)`."""
+
+    maps: Tensor  # (blocks, tokens, rows, columns), float32: the shares that image tokens gather, mean of the heads
+    cost: Tensor | None = None  # a number
+    gradient: Tensor | None = None  # (1, C, h, w), float32: of the cost, with respect to the latent
+
+
+def seen(
+    model: MMDiT, latents: Tensor, looks: Sequence[Look | None], predict: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, list[Seen | None]]:
+    """The velocity that `predict` gives for latents `(R, C, h, w)`, and for each latent what its look asks for.
+
+    predict: calls the model once, with latents in the place of these. Gradients go through the model alone, and only
+    to the latents. A latent's own are those of its own cost: rows of a batch know nothing of each other.
+    """
+    maps: dict[int, Tensor] = {}
+    steep = [look is not None and look.cost is not None for look in looks]
+    with recording(model, looks, latents, maps):
+        if not any(steep):
+            velocity, costs, gradients = predict(latents), [None] * len(looks), None
+        else:
+            with torch.enable_grad(), checkpointed(model):
+                leaf = latents.detach().requires_grad_()
+                velocity = predict(leaf)
+                costs = [look.cost(_of(maps, r, look)) if look and look.cost else None for r, look in enumerate(looks)]
+                scale = _FP16 if latents.dtype == torch.float16 else 1.0
+                total = scale * torch.stack([cost for cost in costs if cost is not None]).sum()
+                gradients = torch.autograd.grad(total, leaf)[0].float() / scale  # (R, C, h, w)
+    found: list[Seen | None] = []
+    for r, (look, cost) in enumerate(zip(looks, costs)):
+        if look is None:
+            found.append(None)
+            continue
+        gradient = None if cost is None or gradients is None else gradients[r : r + 1]
+        found.append(Seen(_of(maps, r, look).detach(), None if cost is None else cost.detach(), gradient))
+    return velocity.detach(), found
+
+
+def _of(maps: dict[int, Tensor], row: int, look: Look) -> Tensor:
+    """One latent's maps `(blocks, tokens, rows, columns)`."""
+    return torch.stack([maps[i][row, ..., : len(look.tokens)] for i in sorted(maps)]).permute(0, 3, 1, 2)
+
+
+@contextmanager
+def recording(
+    model: MMDiT, looks: Sequence[Look | None], latents: Tensor, maps: dict[int, Tensor]
+) -> Iterator[None]:  # fmt: skip
+    """Meanwhile every evaluation of these latents puts into `maps`, for each block, what they look at.
+
+    maps: filled with `(R, rows, columns, tokens)`, float32, the mean of the heads; as many tokens as the look with the
+    most has. A block that is computed again changes nothing there. Raises SettingsError for a model whose attention
+    has no shares.
+    """
+    grid, most = model.grid(latents), max(len(look.tokens) for look in looks if look is not None)
+    chosen = [look.tokens if look else () for look in looks]
+    with ExitStack() as stack:
+        stack.enter_context(uncompiled(model))
+        for i, block in enumerate(model.joint_blocks):
+            attn: Any = getattr(block, "x_block", block)
+            attn = getattr(attn, "attn", None)
+            if not hasattr(attn, "backend"):
+                raise SettingsError(f"maps of attention: block {i} of this variant has no attention with shares")
+            stack.callback(_record(attn, i, chosen, most, grid, maps))
+        yield
+
+
+def _record(
+    attn: Any, i: int, chosen: Sequence[Sequence[int]], most: int, grid: tuple[int, int], maps: dict[int, Tensor]
+) -> Callable[[], None]:
+    """Put a backend between an attention and the one it has; returns what takes it away."""
+    inner, own, image = attn.backend, vars(attn).get("backend"), grid[0] * grid[1]
+
+    def backend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        first = q.shape[1] - image  # of the image's tokens that ask
+        some = None if bias is None else bias.expand(*bias.shape[:-2], q.shape[1], k.shape[1])[..., first:, :]
+        found = shares(q[:, first:], k, chosen, most, inner, some).mean(dim=2)  # (R, N, tokens)
+        maps.setdefault(i, found.unflatten(1, grid))  # not again where it is computed again
+        return attention(q, k, v, inner, bias).unflatten(2, q.shape[2:])
+
+    attn.backend = backend
+
+    def back() -> None:
+        del attn.backend
+        if own is not None:
+            attn.backend = own
+
+    return back
+
+
+def shares(
+    q: Tensor,
+    k: Tensor,
+    chosen: Sequence[Sequence[int]],
+    most: int,
+    backend: Backend = "auto",
+    bias: Tensor | None = None,
+) -> Tensor:
+    """What tokens that ask `(R, N, H, d)` gather from chosen ones of those that answer `(R, M, H, d)`, by softmax.
+
+    chosen: the tokens of each row, at most `most`. bias: as in `attention`. Returns `(R, N, H, most)`, float32, zeros
+    where a row has fewer. Values as wide as a head are what every kernel takes.
+    """
+    rows, heads, width = len(chosen), q.shape[2], q.shape[3]
+    parts = []
+    for begin in range(0, most, width):
+        ones = torch.zeros(rows, k.shape[1], width, dtype=q.dtype, device=q.device)  # (R, M, d)
+        where = [(r, token, j) for r, own in enumerate(chosen) for j, token in enumerate(own[begin : begin + width])]
+        if where and not q.is_meta:
+            ones[tuple(torch.tensor(where, device=q.device).T)] = 1
+        values = ones[:, :, None].expand(-1, -1, heads, -1)  # (R, M, H, d)
+        gathered = attention(q, k, values, backend, bias).unflatten(2, (heads, width))
+        parts.append(gathered[..., : min(width, most - begin)].float())
+    return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+
+
+@contextmanager
+def checkpointed(model: MMDiT) -> Iterator[None]:
+    """Meanwhile the graph keeps what goes into each block, and what is in it is computed again on the way back.
+
+    Chen et al. 2016 (arXiv 1604.06174). Around the call of a block, hooks and all: a block whose weights come when it
+    is called has them again then.
+    """
+    blocks: Any = model.joint_blocks
+    own = dict(blocks._modules)
+    blocks._modules.update({name: Checkpointed(block) for name, block in own.items()})
+    try:
+        yield
+    finally:
+        blocks._modules.update(own)
+
+
+class Checkpointed:
+    """A block in whose graph nothing is kept but what it was called with."""
+
+    def __init__(self, block: Any) -> None:
+        self._block = block
+
+    def __call__(self, *given: Any) -> Any:
+        return checkpoint(self._block, *given, use_reentrant=False, preserve_rng_state=False)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._block, name)
