@@ -4,7 +4,7 @@ together.
 A solver walks along d x / d sigma = velocity(x, sigma). It yields a `Point` where it needs the velocity and is sent it;
 a `Noise` where it needs fresh noise and is sent that; and a `Step` when one is done, and is sent the latents to go on
 with, the step's own unless somebody changed them. It returns the last. A guidance makes that velocity: it yields the
-`Evaluation`s of the network that it needs, is sent for each a velocity for everything asked in it, and returns one.
+`Evaluation`s of the network that it needs, is sent for each an answer to everything asked in it, and returns one.
 """
 
 from collections.abc import Callable, Generator, Hashable, Sequence
@@ -73,6 +73,16 @@ class Ask(NamedTuple):
 
     text: str = PROMPT
     change: Hashable = None  # how the network is changed, in its own words; None: not at all
+    look: Hashable = None  # what else is wanted to be seen there, in its own words; then a Sight is sent
+
+
+class Sight(NamedTuple):
+    """A velocity, and what was seen where it was predicted."""
+
+    velocity: Tensor
+    maps: Tensor  # (blocks, tokens, rows, columns): how much the picture's places attend to what was looked at
+    cost: Tensor | None = None  # of the maps, where the look had one
+    gradient: Tensor | None = None  # of the cost, with respect to the latents, shaped as they are
 
 
 class Evaluation(NamedTuple):
@@ -83,9 +93,10 @@ class Evaluation(NamedTuple):
 
 
 Solving = Generator[Point | Noise | Step, Tensor, Tensor]
-Guiding = Generator[Evaluation, Sequence[Tensor], Tensor]
+Answer = Any  # to an Ask: a velocity, or a Sight
+Guiding = Generator[Evaluation, Sequence[Answer], Tensor]
 Guidance = Callable[[Moment], Guiding]
-Predict = Callable[[Moment, tuple[Ask, ...]], Sequence[Tensor]]  # an Evaluation's parts to what it is sent
+Predict = Callable[[Moment, tuple[Ask, ...]], Sequence[Answer]]  # an Evaluation's parts to what it is sent
 Source = Callable[[Tensor], Tensor]  # of latents: noise of their shape
 
 
@@ -144,7 +155,7 @@ def drawing(
     watch: Callable[[Step], Tensor],
     noise: Source = torch.randn_like,
     rest: int = 0,
-) -> Generator[Evaluation, Sequence[Tensor], Tensor]:
+) -> Generator[Evaluation, Sequence[Answer], Tensor]:
     """One picture's whole way, from noise x to the latents that it returns, as questions to the network.
 
     watch: called after each step; gives the latents to go on with. noise: as a Solver takes it. rest: so many steps at

@@ -7,7 +7,7 @@ picture.
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from samplers.flow import NEGATIVE, Ask, Evaluation, Guidance, Guiding, Moment
 
 COND, UNCOND = Ask(), Ask(NEGATIVE)
 
-Given = Mapping[Ask, Tensor]
+Given = Mapping[Ask, Any]  # velocities, and of those who look, Sights
 Scale = Callable[[Moment], float]
 
 
@@ -32,8 +32,11 @@ def combined(*terms: Term) -> Guidance:
 
     def guide(at: Moment) -> Guiding:
         wanted = [(term, asks) for term in terms if (asks := term.asks(at))]
-        every = tuple(dict.fromkeys([COND, *(ask for _, asks in wanted for ask in asks)]))
-        given = dict(zip(every, (yield Evaluation(at, every))))
+        every = dict.fromkeys([COND, *(ask for _, asks in wanted for ask in asks)])
+        seen = {ask: ask._replace(look=None) for ask in every if ask.look is not None}
+        asked = tuple(ask for ask in every if ask not in seen.values())  # who looks is told the velocity too
+        given: dict[Ask, Any] = dict(zip(asked, (yield Evaluation(at, asked))))
+        given |= {plain: given[ask].velocity for ask, plain in seen.items()}
         velocity = given[COND]
         for term, _ in wanted:
             velocity = term.act(velocity, given, at)
