@@ -133,6 +133,43 @@ def test_costs_are_the_formulas_by_loops(name: str, shape: tuple[int, ...]) -> N
         assert float(COSTS[name](groups, sharpness=1.5)(maps)) == pytest.approx(blunt, abs=1e-12)
 
 
+def released_by_loops(name: str, maps: np.ndarray, groups: Groups) -> float:
+    """`focus` and `jedi` with 1e-10 in the logarithms, and for focus as the least that a map's sum is divided by."""
+
+    def apart(maps: list[np.ndarray], least: float) -> float:
+        cubes = [m.ravel() ** 3 / max((m**3).sum(), least) for m in maps]
+        mean = sum(cubes) / len(cubes)
+        each = [p * (math.log(p + 1e-10) - math.log(m + 1e-10)) for q in cubes for p, m in zip(q, mean)]
+        return sum(each) / len(cubes) / math.log(len(cubes))
+
+    found = []
+    for tokens in [smooth(maps)] if name == "focus" else maps[len(maps) // 6 : len(maps) * 2 // 3]:
+        least = 1e-10 if name == "focus" else 0.0
+        means = [sum(tokens[i] for i in group) / len(group) for group in groups]
+        several = [apart([tokens[i] for i in group], least) for group in groups if len(group) > 1]
+        cost = sum(several) / len(several) + 1 - apart(means, least)
+        if name == "focus":
+            return cost / 2
+        for mean in means:
+            q = mean**3 / (mean**3).sum()
+            h = -sum(p * math.log(p + 1e-10) for p in q.ravel())
+            cost += 0.01 * (1 - h / math.log(q.size)) / len(means)
+        found.append(cost)
+    return sum(found) / len(found)
+
+
+@pytest.mark.parametrize("scale", [1, 1e-2, 1e-3, 1e-5])
+@pytest.mark.parametrize("name", ["focus", "jedi"])
+def test_the_released_form_by_loops(name: str, scale: float) -> None:
+    """Also where maps are so small that 1e-10 counts."""
+    maps = scale * attention(6, 6, 3, 4, peak=4.0)
+    for groups in (PAIRS, ODD):
+        cost = COSTS[name](groups, released=True)
+        expected = released_by_loops(name, maps.numpy(), groups)
+        assert float(cost(maps)) == pytest.approx(expected, rel=1e-12)
+        assert float(cost(maps.float())) == pytest.approx(expected, abs=1e-5)
+
+
 @pytest.mark.parametrize("groups", [PAIRS, ODD, ONE, LONE], ids=str)
 def test_conform_compares_with_the_step_before(groups: Groups) -> None:
     """The first step costs nothing; each later one is told by loops, and knows the one before alone."""
@@ -146,6 +183,7 @@ def test_conform_compares_with_the_step_before(groups: Groups) -> None:
         rows = [smooth(m.numpy())[token].ravel() for m in (now, before) for token in order]
         assert float(cost(now)) == pytest.approx(contrast_by_loops(rows, labels), abs=1e-12)
         assert float(cost(now * 1e-5)) == pytest.approx(float(cost(now)), abs=1e-12)  # by angles
+        assert not COSTS["conform"](groups).next(before.clone().requires_grad_())(now).requires_grad
 
 
 def test_only_conform_remembers() -> None:
@@ -243,7 +281,7 @@ def test_contrast_by_hand() -> None:
 
 def test_jedi_looks_at_blocks_four_to_fifteen() -> None:
     """Of 24; of others at the same share of the depth, and at one at least."""
-    for depth, heard in ((24, range(4, 16)), (12, range(2, 8)), (4, range(2)), (2, range(1)), (1, range(1))):
+    for depth, heard in ((24, range(4, 16)), (10, range(1, 6)), (4, range(2)), (2, range(1)), (1, range(1))):
         for block in range(depth):
             maps = attention(depth, 4, 3, 3)
             changed = maps.clone()
