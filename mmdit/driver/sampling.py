@@ -1,5 +1,6 @@
 """From settings to how a picture is denoised: its solver, its noise levels, its guidance."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -56,8 +57,8 @@ def rest_of(s: Settings) -> int:
     return int(s.cfg_zero and steps_of(s) > 1)
 
 
-def guidance_of(s: Settings, shift: float) -> Guidance:
-    """A new one for each picture, since it may remember what it was told. shift: the model's own."""
+def guidance_of(s: Settings, shift: float, last: Sequence[Term] = ()) -> Guidance:
+    """A new one for each picture, since it may remember what it was told. shift: the model's own. last: further terms."""
     terms: list[Term] = []
     if s.also:
         terms.append(guidance.composition({also(i): weighted(text)[1] for i, text in enumerate(s.also)}))
@@ -73,7 +74,7 @@ def guidance_of(s: Settings, shift: float) -> Guidance:
         terms.append(guidance.away_from(Change("perturb", layers_of(s.pag_layers)), s.pag))
     if s.cfg_rescale:
         terms.append(guidance.rescaled(s.cfg_rescale))
-    guide = guidance.combined(*terms)
+    guide = guidance.combined(*terms, *last)
     return guidance.cached(guide, s.cache) if s.cache else guide
 
 
