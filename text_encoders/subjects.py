@@ -69,11 +69,12 @@ def occurrences(text: str, phrase: str) -> list[tuple[int, int]]:
     """Where a text has a phrase: begin and end of each place, which do not overlap.
 
     Small letters and capitals are equal, so are an accented letter and a letter with its accent (the caseless matching
-    of Unicode 3.13, D145), and any white space. The phrase is no part of a longer word: no letter or digit stands
-    directly before or behind it. Those of scripts with no blanks between words do not count.
+    of Unicode 3.13, D145, of each character), and any white space. The phrase is no part of a longer word: no letter or
+    digit stands directly before or behind it. Those of scripts with no blanks between words do not count.
     """
     have, places = _folded(text)
     want, _ = _folded(phrase.strip())
+    assert want
     found, at = list[tuple[int, int]](), have.find(want)
     while at >= 0:
         last = at + len(want) - 1
@@ -148,15 +149,11 @@ def _find(
 
 
 def _pieces(read: Read, begin: int, end: int) -> Iterator[tuple[int, str]]:
-    """Tokens that have characters in a span of the text, with what each stands for; the blanks around it do not count.
-
-    Some of T5's tokens take the blanks beside them.
-    """
+    """Tokens that have characters in a span of the text, with what each stands for."""
     for token, (first, last) in enumerate(read.spans):
-        piece = read.text[first:last]
-        first, last = first + len(piece) - len(piece.lstrip()), last - len(piece) + len(piece.rstrip())
+        # No phrase begins or ends with a blank, so the blanks that some of T5's tokens take decide nothing.
         if max(first, begin) < min(last, end):
-            yield token, piece.strip()
+            yield token, read.text[first:last].strip()
 
 
 def _folded(text: str) -> tuple[str, list[int]]:
