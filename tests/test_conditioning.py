@@ -29,9 +29,9 @@ class WordTokenizer(PromptTokenizer):
     def __init__(self, splits: bool = False) -> None:
         self.start, self.end, self.pad, self.splits = [], [61], 0, splits
 
-    def split(self, text: str) -> tuple[list[int], list[int]]:
+    def split(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         words = [*re.finditer(r"!|[^\s!]+" if self.splits else r"\S+", text)]
-        return [min(len(word[0]), 60) for word in words], [word.start() for word in words]
+        return [min(len(word[0]), 60) for word in words], [word.span() for word in words]
 
 
 WIDTH = 200

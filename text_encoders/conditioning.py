@@ -13,7 +13,7 @@ from torch import Tensor
 
 from text_encoders.clip import CLIPTextEncoder
 from text_encoders.inversion import Words
-from text_encoders.prompts import Prompt
+from text_encoders.prompts import NAMES, Prompt
 from text_encoders.t5 import T5Encoder
 from text_encoders.tokenizers import CLIPTokenizer, Read, T5Tokenizer, TokenizerError, Tokens
 
@@ -76,6 +76,17 @@ class TextEncoder:
         """Tokens of a text's context: CLIP's in so many chunks, which lie side by side, and T5's."""
         clip = max(clip.config.max_length for _, clip in self.clips.values())
         return chunks * clip + t5_length * (self.t5_mode != "omit")
+
+    def column(self, encoder: str, token: int, t5_length: int, chunks: int = 1) -> int | None:
+        """Where in a text's context this one of the tokens that an encoder reads is; None where it is cut off."""
+        if encoder == "t5":
+            assert self.tokenizer_t5 is not None
+            tokenizer, length, count, first = self.tokenizer_t5, t5_length, 1, self.length(0, chunks)
+        else:
+            tokenizer, clip = self.clips[encoder]
+            length, count, first = clip.config.max_length, chunks, 0
+        chunk, row = divmod(token, tokenizer.room(length))
+        return first + chunk * length + len(tokenizer.start) + row if chunk < count else None
 
     def needs(self, texts: Sequence[str | Prompt]) -> tuple[int, int]:
         """The chunks of CLIP's tokens, from 1, and T5's tokens, 0 where it does not run, that hold all of them.
@@ -193,13 +204,12 @@ def check_ids(ids: Tensor, rows: int, name: str) -> None:
 
 def warn_of_cuts(batches: dict[str, Tokens], warn: Callable[[str], object]) -> None:
     """One line for every end of a prompt that was cut off, naming all the encoders that lost this end."""
-    names = {"clip_l": "CLIP-L", "clip_g": "CLIP-G", "t5": "T5"}
     for i in range(max(len(batch.lost) for batch in batches.values())):
         losers: dict[tuple[str, int], list[str]] = {}
         for key, batch in batches.items():
             lost, length = shortened(" ".join(batch.lost[i].split())), batch.ids.shape[1]
             if lost:
-                losers.setdefault((lost, length), []).append(names[key])
+                losers.setdefault((lost, length), []).append(NAMES[key])
         for (lost, length), encoders in losers.items():
             told = f'prompt too long for the {length} tokens of {" and ".join(encoders)}, which lost "{lost}"'
             warn(f"{told}: --long-prompts reads all of it")

@@ -20,12 +20,12 @@ class Words:
         self._order, words = order, "|".join(f"({re.escape([*vectors][i])})" for i in order)
         self._pattern = re.compile(rf"(?<![\w-])(?:{words})(?![\w-])", re.IGNORECASE)
 
-    def split(self, text: str) -> Iterator[tuple[int, str | range]]:
-        """The text's parts with where they begin: text, or of a word, whatever its case, its rows of the table."""
+    def split(self, text: str) -> Iterator[tuple[int, int, range | None]]:
+        """The text's parts, where they begin and end; of a word, whatever its case, its rows of the table."""
         at = 0
         for found in self._pattern.finditer(text):
-            yield at, text[at : found.start()]
+            yield at, found.start(), None
             assert found.lastindex
-            yield found.start(), self._rows[self._order[found.lastindex - 1]]
+            yield *found.span(), self._rows[self._order[found.lastindex - 1]]
             at = found.end()
-        yield at, text[at:]
+        yield at, len(text), None

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from mmdit.common.errors import SettingsError
 
-ENCODERS = ("clip_l", "clip_g", "t5")
+NAMES = {"clip_l": "CLIP-L", "clip_g": "CLIP-G", "t5": "T5"}  # as users know them
+ENCODERS = (*NAMES,)
 
 _ROUND, _SQUARE = 1.1, 1 / 1.1  # what a pair of brackets multiplies by
 _MOST = 100.0  # a weight's magnitude

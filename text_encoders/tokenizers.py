@@ -47,7 +47,7 @@ class Read(NamedTuple):
 
     text: str
     ids: list[int]  # -1 - k for row k of the vectors that words stand for
-    starts: list[int]  # where in the text each begins
+    spans: list[tuple[int, int]]  # where in the text each begins and ends
     weights: list[float] | None = None  # of each; None where all are 1
 
 
@@ -106,18 +106,20 @@ class PromptTokenizer:
         weights: of its characters; a token has that of the first one it stands for. So weights change no token; ComfyUI
         takes a word apart where a bracket is inside. words: those that stand for vectors.
         """
-        ids, starts = list[int](), list[int]()
-        for at, part in words.split(text) if words else [(0, text)]:
-            more, places = (
-                ([-1 - row for row in part], [0] * len(part)) if isinstance(part, range) else self.split(part)
-            )
-            ids += more
-            starts += [at + place for place in places]
-        heavy = None if weights is None else [weights[min(start, len(weights) - 1)] for start in starts]
-        return Read(text, ids, starts, heavy)
+        ids, spans = list[int](), list[tuple[int, int]]()
+        for begin, end, rows in words.split(text) if words else [(0, len(text), None)]:
+            if rows is None:
+                more, places = self.split(text[begin:end])
+                ids += more
+                spans += [(begin + first, begin + last) for first, last in places]
+            else:
+                ids += [-1 - row for row in rows]
+                spans += [(begin, end)] * len(rows)
+        heavy = None if weights is None else [weights[min(start, len(weights) - 1)] for start, _ in spans]
+        return Read(text, ids, spans, heavy)
 
-    def split(self, text: str) -> tuple[list[int], list[int]]:
-        """The ids of a text, and where in it each token begins."""
+    def split(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of a text, and where in it each token begins and ends."""
         try:
             text.encode()
         except UnicodeEncodeError:
@@ -128,7 +130,7 @@ class PromptTokenizer:
             if not of_package(error):
                 raise
             raise TokenizerError(f"the prompt {text!a} cannot be split: {error}") from None
-        return encoding.ids, [start for start, _ in encoding.offsets]
+        return encoding.ids, encoding.offsets
 
     def framed(self, read: Sequence[Read], length: int, chunks: int = 1) -> Tokens:
         """Prompts as `chunks` of `length` ids, side by side, each with start, end and padding of its own.
@@ -146,7 +148,7 @@ class PromptTokenizer:
                 weighed += heavy + [1.0] * (length - len(heavy))
             ids.append(row)
             weights.append(weighed)
-            lost.append(one.text[one.starts[chunks * room] :].strip() if len(one.ids) > chunks * room else "")
+            lost.append(one.text[one.spans[chunks * room][0] :].strip() if len(one.ids) > chunks * room else "")
         plain = all(weight == 1 for row in weights for weight in row)
         tokens = torch.tensor(ids, dtype=torch.int64).reshape(len(read), chunks * length)
         return Tokens(tokens, lost, None if plain else torch.tensor(weights))
