@@ -3,10 +3,15 @@
 from dataclasses import dataclass, fields
 from typing import Any
 
-from mmdit.common.options import Mark, from_one, from_one_to, option, wrong
+from mmdit.common.errors import SettingsError
+from mmdit.common.options import Mark, from_one, from_one_to, option, shown, wrong
 from mmdit.common.paths import split_scale
 from mmdit.driver.likeness import LIKE
+from samplers.focus.options import GAINS, LOSSES
+from samplers.options import between
+from text_encoders.subjects import subjects_of
 
+_STRONGEST = 1000  # scale of a focus
 _MOST = 100_000  # pictures of one prompt, and steps from one preview to the next
 
 
@@ -38,6 +43,42 @@ class LikeOptions:
         "who draws the noise: cpu, the same on every machine; cuda, as a CUDA device would",
         choices=("cpu", "cuda"),
     )
+
+
+def _check_subjects(name: str, value: Any) -> None:
+    subjects_of(value, name)
+
+
+@dataclass(frozen=True)
+class FocusOptions:
+    """Several subjects"""
+
+    focus: str | None = option(
+        None, "keep these subjects apart, as they stand in the prompt; horse#2 is the second horse", Mark.OWN,
+        metavar="TEXT;TEXT", check=_check_subjects,
+    )  # fmt: skip
+    focus_scale: float = option(1.0, "how strongly", metavar="X", check=between(0, _STRONGEST))
+    focus_loss: str = option("focus", "what it costs that subjects mix", choices=LOSSES)
+    focus_until: float = option(
+        0.9, "rest where the share of noise is below this; 0: never", metavar="X", check=between(0, 1)
+    )
+    focus_gain: str = option("code", "how the strength goes over the steps", choices=GAINS)
+    attention_maps: str | None = option(
+        None,
+        "where the picture attends to these words, as a sheet beside it: NAME.attention.png",
+        Mark.OWN,
+        Mark.NOT_SEEN,
+        metavar="TEXT;TEXT",
+        check=_check_subjects,
+    )
+
+    def check_together(self) -> None:
+        for f in fields(FocusOptions):
+            if self.focus is None and f.name.startswith("focus_") and getattr(self, f.name) != f.default:
+                raise SettingsError(
+                    f"{f.name} is {shown(getattr(self, f.name))}, but focus is not given: "
+                    "expected the subjects to keep apart, as in horse; bear"
+                )
 
 
 def _check_lora(_: str, value: Any) -> None:
@@ -99,6 +140,9 @@ class WatchOptions:
         Mark.NOT_SEEN,
         metavar="N",
         check=from_one_to(_MOST),
+    )
+    verbose: bool = option(
+        False, "say what every step does: noise level, and what the subjects cost", Mark.OF_THE_RUN, Mark.NOT_SEEN
     )
     from_png: str | None = option(
         None,

@@ -11,7 +11,14 @@ from mmdit.common.paths import split_scale
 from mmdit.config import MMDiTConfig
 from mmdit.control.options import ControlOptions
 from mmdit.driver.likeness import filled
-from mmdit.driver.options import LikeOptions, ModelOptions, OutputOptions, PictureOptions, WatchOptions
+from mmdit.driver.options import (
+    FocusOptions,
+    LikeOptions,
+    ModelOptions,
+    OutputOptions,
+    PictureOptions,
+    WatchOptions,
+)
 from mmdit.images.options import ImageOptions, as_text
 from mmdit.memory.options import MemoryOptions
 from mmdit.options import ComputeOptions
@@ -31,6 +38,7 @@ class Settings(
     ModelOptions,
     TextOptions,
     LikeOptions,
+    FocusOptions,
     GuidanceOptions,
     SamplerOptions,
     ControlOptions,

@@ -19,17 +19,19 @@ from mmdit.attention import attention_by
 from mmdit.common.errors import SettingsError
 from mmdit.control.rows import Control, added
 from mmdit.driver import sampling
+from mmdit.driver.focusing import steep
 from mmdit.driver.loading import Parts, part_dtype
 from mmdit.driver.reading import context_length, in_chunks, lengths_of
 from mmdit.driver.settings import LOADED, Settings
 from mmdit.kernels.process import Switch
+from mmdit.maps import Seen
 from mmdit.memory.budget import DeviceMemoryError, budget_of, memory_errors
 from mmdit.memory.devices import unlock
 from mmdit.memory.plan import Job, Plan
 from mmdit.memory.planner import Planner
 from mmdit.memory.residency import Residency, Role, of_role
 from mmdit.model import MMDiT
-from mmdit.prepared import Prepared, Row, predict
+from mmdit.prepared import Prepared, Row, look, predict
 from samplers import (
     NEGATIVE,
     PROMPT,
@@ -110,7 +112,7 @@ class Stages:
         levels = len(sampling.levels_of(s, self.shift))
         job = Job(rows, columns, s.count, max(1, levels), len(sampling.prompts_of(s)), t5_length, context=context)
         job = job._replace(init=s.init is not None or bool(s.control), chunks=chunks, blank=int(s.emphasis))
-        return job._replace(attention=s.attention, memory=s.memory, **more)
+        return job._replace(attention=s.attention, memory=s.memory, steep=steep(s), **more)
 
     def plan_for(self, job: Job) -> Plan:
         """The fastest plan that draws this within its budget; SettingsError where none does.
@@ -247,11 +249,28 @@ class Stages:
 
         attention: who computes it, if not whoever was named when the model was loaded. controls: of each row.
         """
+        with self._asked(latents, attention) as x:
+            return predict(x, rows, added(self.transformer, x, rows, controls)).float()
+
+    def look(
+        self,
+        latents: Tensor,
+        rows: Sequence[Row],
+        attention: str | None = None,
+        controls: Sequence[Sequence[Control]] = (),
+    ) -> tuple[Tensor, list[Seen | None]]:
+        """The same, and what each row looks at (`mmdit.maps`)."""
+        with self._asked(latents, attention) as x:
+            velocity, seen = look(x, rows, added(self.transformer, x, rows, controls))
+            return velocity.float(), seen
+
+    @contextmanager
+    def _asked(self, latents: Tensor, attention: str | None) -> Iterator[Tensor]:
+        """The latents as the transformer takes them, which is there meanwhile."""
         with self.computing():
             self.attend_by(attention or self.settings.attention)
             self.residency.use("transformer")
-            latents = latents.to(self.device, self.dtype)
-            return predict(latents, rows, added(self.transformer, latents, rows, controls)).float()
+            yield latents.to(self.device, self.dtype)
 
     def attend_by(self, attention: str) -> None:
         if attention != self._attention:
