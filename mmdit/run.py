@@ -128,6 +128,8 @@ def run(settings: Settings) -> None:
             settle()
             seconds["load"] = time.perf_counter() - start - seconds["import"]
             show_plan(pipeline, pipeline.plan)
+            if lines is None or settings.verbose:
+                show_words(pipeline, [s for s, _ in wanted])
             draw(pipeline, wanted, settings, seconds)
     except USER_ERRORS as error:
         raise SettingsError(str(error)) from error
@@ -142,21 +144,24 @@ def draw(pipeline: "Pipeline", wanted: list[tuple[Settings, Path]], run: Setting
 
     run: says what is written beside them.
     """
+    from mmdit.driver.attention import Attention
     from mmdit.driver.loop import Drawing
     from mmdit.driver.preview import Previews
-    from mmdit.driver.watch import Trace
+    from mmdit.driver.watch import Trace, Verbose
 
     pictures, paths = [s for s, _ in wanted], [path for _, path in wanted]
     for folder in {path.parent for path in paths}:
         sweep(folder)
-    traces, dump = [] if run.dump is None else [Trace()], run.dump
+    traces, dump, maps = [] if run.dump is None else [Trace()], run.dump, Attention()
+    verbose = [Verbose(say)] if run.verbose else []
     previews = []
     if run.preview is not None:
         previews.append(Previews(run.preview, [preview_path(path) for path in paths], pipeline.preview))
     with Saver(give) as save, previews[0] if previews else nullcontext():
-        drawing = Drawing(pipeline, pictures, [*traces, *previews], seconds)
+        drawing = Drawing(pipeline, pictures, [*traces, *previews, *verbose, maps], seconds)
         for i, image in drawing:
-            save(image, drawing.settings[i], paths[i])
+            seen = maps.done.pop(i, None)
+            save(image, drawing.settings[i], paths[i], seen and seen.sheet)
     seconds["save"] = save.waited
     if dump is not None:
         from safetensors.torch import save_file
@@ -184,6 +189,14 @@ def show_plan(pipeline: "Pipeline", plan: "Plan") -> None:
     """Say what is on the device when, where that was asked for or is not as fast as can be."""
     if pipeline.settings.memory != "auto" or not (plan.everything_stays or pipeline.device.type == "cpu"):
         say(f"plan: {plan}")
+
+
+def show_words(pipeline: "Pipeline", pictures: Sequence[Settings]) -> None:
+    """Say which pieces of each prompt were taken for its subjects."""
+    from mmdit.driver.focusing import found_in, pieces
+
+    for line in dict.fromkeys(line for s in pictures for line in pieces(found_in(s, pipeline.text))):
+        say(line)
 
 
 def report(written: int, skipped: int, seconds: float) -> None:

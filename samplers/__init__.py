@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from samplers.flow import (
         NEGATIVE,
         PROMPT,
+        Answer,
         Ask,
         Evaluation,
         Guidance,
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
         Moment,
         Noise,
         Point,
+        Sight,
         Solver,
         Solving,
         Source,
@@ -35,6 +37,7 @@ __all__ = [
     "PROMPT",
     "SCHEDULES",
     "SOLVERS",
+    "Answer",
     "Ask",
     "Evaluation",
     "Guidance",
@@ -43,6 +46,7 @@ __all__ = [
     "Noise",
     "Point",
     "Schedule",
+    "Sight",
     "Solver",
     "Solving",
     "Source",
@@ -64,7 +68,7 @@ __all__ = [
     "spherical",
     "unguided",
 ]
-_TOLD = ["Ask", "Evaluation", "Moment", "Noise", "Point", "Step"]
+_TOLD = ["Answer", "Ask", "Evaluation", "Moment", "Noise", "Point", "Sight", "Step"]
 _FLOW = ["NEGATIVE", "PROMPT", *_TOLD, "Guidance", "Guiding", "Solver", "Solving", "Source", "Velocity"]
 __getattr__ = lazy(__name__, {
     "flow": [*_FLOW, "drawing", "guided", "solver"],

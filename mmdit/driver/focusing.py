@@ -26,8 +26,8 @@ class Sheet(NamedTuple):
     subjects: dict[str, tuple[int, ...]]  # that maps were wanted of: which of these tokens are its
 
     def of(self, subject: str) -> Tensor:
-        """How much each place attends to a subject's words, `(rows, columns)`: their mean, and that of the blocks."""
-        return self.attended.maps[:, list(self.subjects[subject])].mean(dim=(0, 1))
+        """How much each place attends to a subject's words, in each block `(blocks, rows, columns)`: their mean."""
+        return self.attended.maps[:, list(self.subjects[subject])].mean(dim=1)
 
 
 def steep(s: Settings) -> bool:

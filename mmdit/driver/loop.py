@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import fields, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from PIL import Image
@@ -17,6 +17,7 @@ from mmdit.common.options import Mark, marked
 from mmdit.control.options import ControlOptions
 from mmdit.control.rows import Control
 from mmdit.driver.controlling import Controlling, controlling
+from mmdit.driver.focusing import Focusing, steep
 from mmdit.driver.likeness import RULES
 from mmdit.driver.pictures import enlarged
 from mmdit.driver.sampling import changed, guidance_of, rest_of, sigmas_of, solver_of
@@ -26,10 +27,11 @@ from mmdit.driver.starting import Start, noise_of, started, way_of
 from mmdit.driver.texts import Text, Texts, encode, parts, texts_of
 from mmdit.driver.watch import Drawn, Encoded, Event, Finite, Progress, Stepped, Watcher
 from mmdit.images.options import steps_of
+from mmdit.maps import Look
 from mmdit.memory.plan import Job, Plan
 from mmdit.memory.residency import Mode, Role, of_role
 from mmdit.prepared import Prepared, Row
-from samplers import Ask, Evaluation, Guidance, Moment, Source, Step, drawing
+from samplers import Answer, Ask, Evaluation, Guidance, Moment, Sight, Source, Step, Term, drawing
 from samplers.noise import going_on
 
 _TOKENS = {"cuda": 2**16}  # denoised at a time: more are no faster, and make the first picture late
@@ -60,14 +62,15 @@ class Picture:
         start: Tensor,
         sigmas: Tensor,
         tell: Callable[["Picture", Event], None],
-        guidance: Callable[[], Guidance],
+        guidance: Callable[[Sequence[Term]], Guidance],
+        focusing: Focusing,
         source: Callable[[], Source],
         keep: Callable[[Step], Tensor] | None = None,
     ) -> None:
         """start: `(1, C, h, w)`, float32, where it is to be denoised. sigmas: the noise levels of its steps.
 
-        tell: called after each of them. guidance, source: make its guidance, and the noise that a stochastic solver
-        takes, anew. keep: gives the latents to go on with after a step, if not the step's own.
+        tell: called after each of them. guidance, source: make its guidance, of terms that come last, and the noise
+        that a stochastic solver takes, anew. keep: gives the latents to go on with after a step, if not the step's own.
         """
         self.index, self.settings, self.start, self.sigmas = index, settings, start, sigmas
         self.prepared: Prepared | None = None
@@ -75,17 +78,18 @@ class Picture:
         self.nets: dict[str, Prepared] = {}  # its texts, by the ControlNets
         self.texts: dict[str, int] = {}  # its rows in `prepared`
         self.stopped = False
-        self._tell, self._guidance, self._source = tell, guidance, source
+        self._tell, self._guidance, self._focusing, self._source = tell, guidance, focusing, source
         self._solver, self._rest, self._keep = solver_of(settings), rest_of(settings), keep
         self.begin()
 
     def begin(self) -> None:
-        guidance, source = self._guidance(), self._source()
+        self._controllers = self._focusing.controllers()
+        guidance, source = self._guidance([controller.term for controller in self._controllers]), self._source()
         self._way: Any = drawing(self._solver, guidance, self.start, self.sigmas, self._step, source, self._rest)
         self.latents: Tensor | None = None
         self._send(None)
 
-    def answer(self, velocities: Sequence[Tensor]) -> None:
+    def answer(self, velocities: Sequence[Answer]) -> None:
         """Go on with what was asked for, until the next question or the end; after an error, it begins anew."""
         try:
             self._send(velocities)
@@ -93,7 +97,7 @@ class Picture:
             self.begin()  # what it was on its way through is closed
             raise
 
-    def _send(self, velocities: Sequence[Tensor] | None) -> None:
+    def _send(self, velocities: Sequence[Answer] | None) -> None:
         try:
             self.asked: Evaluation | None = self._way.send(velocities)
         except StopIteration as end:
@@ -115,8 +119,19 @@ class Picture:
 
     def _step(self, step: Step) -> Tensor:
         step = step if self._keep is None else step._replace(x=self._keep(step))
-        self._tell(self, Stepped(settings=self.settings, index=self.index, step=step))
+        sheet = self._focusing.sheet(self._controllers)
+        self._tell(self, Stepped(settings=self.settings, index=self.index, step=step, attention=sheet))
         return step.x
+
+
+class Asked(NamedTuple):
+    """A question on its way to the network."""
+
+    row: Row
+    picture: Picture
+    ask: Ask
+    x: Tensor  # (1, C, h, w)
+    controls: list[Control]
 
 
 class Canvas:
@@ -126,6 +141,7 @@ class Canvas:
         """texts: all that the pictures have, encoded."""
         self._stages, self._texts = stages, texts
         self.rows: int | None = None  # of a batch at most; None: all that is asked for at a time
+        self.most: int | None = None  # of them with gradients
         self.on_way: list[Picture] = []  # add to it between steps
         self.done: list[Picture] = []
 
@@ -140,25 +156,23 @@ class Canvas:
     def step(self) -> None:
         """Answer every picture's question, all by one evaluation of the network, or as few as there is room for."""
         self._prepare([picture for picture in self.on_way if picture.prepared is None])
-        asked: list[tuple[Row, Picture, Ask, Tensor]] = []
-        controlled: dict[int, list[Control]] = {}
+        asked: list[Asked] = []
         for picture in self.on_way:
             assert picture.asked is not None and picture.prepared is not None
             at, asks = picture.asked
-            controlled[id(picture)] = picture.controlled(at)
+            controls = picture.controlled(at)
             for ask in asks:
-                change = cast(Change | None, ask.change)
-                row = Row(picture.prepared, float(at.sigma), picture.texts[ask.text], change)
-                asked.append((row, picture, ask, at.x))
+                change, look = cast(Change | None, ask.change), cast(Look | None, ask.look)
+                row = Row(picture.prepared, float(at.sigma), picture.texts[ask.text], change, look)
+                asked.append(Asked(row, picture, ask, at.x, controls))
         # As `predict` likes it best; what is changed comes last.
-        asked.sort(key=lambda one: (id(one[0].prepared), -one[0].sigma, str(one[0].change or ""), one[0].text))
-        attention, found = self.on_way[0].settings.attention, dict[tuple[int, Ask], Tensor]()
-        most = self.rows or max(1, len(asked))
-        for some in (asked[first : first + most] for first in range(0, len(asked), most)):
-            latents = torch.cat([x for *_, x in some])  # (R, C, h, w)
-            controls = [controlled[id(picture)] for _, picture, *_ in some]
-            velocities = self._stages.predict(latents, [row for row, *_ in some], attention, controls).split(1)
-            found |= {(id(picture), ask): one for (_, picture, ask, _), one in zip(some, velocities)}
+        asked.sort(key=lambda one: (id(one.row.prepared), -one.row.sigma, str(one.row.change or ""), one.row.text))
+        found = dict[tuple[int, Ask], Answer]()
+        pushed = [one for one in asked if one.row.look is not None and one.row.look.cost is not None]
+        for ones, most in ((pushed, self.most), ([one for one in asked if one not in pushed], self.rows)):
+            most = most or max(1, len(ones))
+            for some in (ones[first : first + most] for first in range(0, len(ones), most)):
+                found |= self._answered(some)
         try:
             for picture in self.on_way:
                 assert picture.asked is not None
@@ -167,6 +181,17 @@ class Canvas:
             now = [picture for picture in self.on_way if not picture.stopped]
             self.done += [picture for picture in now if picture.asked is None]
             self.on_way = [picture for picture in now if picture.asked is not None]
+
+    def _answered(self, some: Sequence[Asked]) -> dict[tuple[int, Ask], Answer]:
+        """The answers to these, by one evaluation."""
+        latents, rows = torch.cat([one.x for one in some]), [one.row for one in some]  # (R, C, h, w)
+        attention, controls = some[0].picture.settings.attention, [one.controls for one in some]
+        if all(row.look is None for row in rows):
+            velocities: Sequence[Answer] = self._stages.predict(latents, rows, attention, controls).split(1)
+        else:
+            velocity, seen = self._stages.look(latents, rows, attention, controls)
+            velocities = [v if s is None else Sight(v, *s) for v, s in zip(velocity.split(1), seen)]
+        return {(id(one.picture), one.ask): answer for one, answer in zip(some, velocities)}
 
     def _prepare(self, pictures: list[Picture]) -> None:
         """Have the texts of these pictures ready at the noise levels that they still ask for."""
@@ -204,7 +229,7 @@ class Drawing:
         self._controls: dict[object, list[Controlling]] = {}
         self._watchers, self._ended = [Finite(stages), *watchers], False
         self._patch = stages.transformer.config.patch_size * stages.vae.config.downscale  # pixels
-        for s in {kind(s): s for s in pictures}.values():
+        for s in {kind(s): s for s in sorted(pictures, key=steep)}.values():  # those that take the most of their kind
             for each in self._passes(s):
                 with stages.turn:
                     stages.plan_for(stages.job(each))
@@ -245,6 +270,7 @@ class Drawing:
         first = next(iter(alike.values()))
         apart = len({tuple(texts_of(s).values()) for s in alike.values()}) > 1
         job = self._stages.job(first, waiting=waiting, apart=apart, changed=changed(first))
+        job = job._replace(steep=any(map(steep, alike.values())))
         job = job._replace(count=self._at_a_time(job, len(alike)))
         canvas, queue = Canvas(self._stages, texts), deque[int | Picture](alike)
         with self._stages.turn:
@@ -279,7 +305,7 @@ class Drawing:
         from the last step, with as many pictures as there is room for now.
         """
         most = self._stages.plan.batch
-        canvas.rows = most * evaluations
+        canvas.rows, canvas.most = most * evaluations, most
         queue.extendleft(reversed(canvas.leave(most)))
         while queue and len(canvas.on_way) < most:
             picture = queue.popleft()
@@ -296,7 +322,8 @@ class Drawing:
         sigmas, noise = sigmas_of(s, stages.shift), noise_of(stages, s)
         latents, keep = way_of(start, noise, sigmas, stages.dtype if RULES[s.like].rounds_latents else None)
         guidance, source = partial(guidance_of, s, stages.shift), partial(going_on, s.seed, noise, s.rng)
-        picture = Picture(index, s, latents, sigmas, self._tell, guidance, source, keep)
+        focusing = Focusing(s, stages.text, stages.shift)
+        picture = Picture(index, s, latents, sigmas, self._tell, guidance, focusing, source, keep)
         picture.controls = self._controls.get(control_of(s), [])
         own = {name: texts[text] for name, text in texts_of(s).items()}
         event = Encoded(settings=s, index=index, texts=own, noise=noise, sigmas=sigmas)

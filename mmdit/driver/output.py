@@ -96,13 +96,25 @@ class Saver:
         self.waited, self._written = 0.0, written
         self._thread, self._jobs = ThreadPoolExecutor(1, thread_name_prefix="save"), deque[Future[None]]()
 
-    def __call__(self, image: Image.Image, settings: Settings, path: Path) -> None:
-        """Have it written; where the thread is far behind, wait. Raises what went wrong with an earlier one."""
-        self._wait(most=_BEHIND)
-        self._jobs.append(self._thread.submit(self._save, image, settings, path))
+    def __call__(
+        self, image: Image.Image, settings: Settings, path: Path, sheet: Callable[[], Image.Image] | None = None
+    ) -> None:
+        """Have it written; where the thread is far behind, wait. Raises what went wrong with an earlier one.
 
-    def _save(self, image: Image.Image, settings: Settings, path: Path) -> None:
-        self._written(save_image(image, settings, path))
+        sheet: makes a picture that goes beside it, as NAME.attention.png, in the place of what is there.
+        """
+        self._wait(most=_BEHIND)
+        self._jobs.append(self._thread.submit(self._save, image, settings, path, sheet))
+
+    def _save(
+        self, image: Image.Image, settings: Settings, path: Path, sheet: Callable[[], Image.Image] | None
+    ) -> None:  # fmt: skip
+        path = save_image(image, settings, path)
+        self._written(path)
+        if sheet is not None:
+            beside = path.with_name(f"{path.stem}.attention.png")
+            save_dump(lambda written: sheet().save(written, format="PNG"), beside)
+            self._written(beside)
 
     def _wait(self, most: int) -> None:
         start = time.perf_counter()

@@ -8,6 +8,7 @@ Its stages can be called one by one as well (`mmdit.driver.stages`).
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,9 +18,12 @@ from uuid import uuid4
 from PIL import Image
 from torch import Tensor
 
+from mmdit import inside
 from mmdit.common.errors import SettingsError
 from mmdit.common.options import Mark, marked
 from mmdit.common.paths import split_scale
+from mmdit.driver.attention import Attention, AttentionMaps
+from mmdit.driver.focusing import MAPS, found_in
 from mmdit.driver.loading import Parts, load_parts
 from mmdit.driver.loop import Drawing
 from mmdit.driver.options import OF_THE_COMMAND
@@ -32,6 +36,7 @@ from mmdit.kernels.compiled import compile_model
 from mmdit.kernels.onednn import by_onednn
 from mmdit.memory.budget import DeviceMemoryError, memory_errors
 from text_encoders import TokenizerError
+from text_encoders.subjects import Found
 from weights import CheckpointError
 
 USER_ERRORS = (SettingsError, CheckpointError, TokenizerError, NotFiniteError, DeviceMemoryError)
@@ -171,6 +176,39 @@ class Pipeline(Stages):
         if left_out:
             warnings.warn(f"{path}: left out: {', '.join(left_out)}", stacklevel=2)
         return self.run(settings, watchers=watching(on_step)).images
+
+    # ---- looking inside the transformer ------------------------------------------------------------
+
+    def capture(self, what: Sequence[str] = ("x",), **more: Any) -> AbstractContextManager[inside.Seen]:
+        """Keep what its blocks compute meanwhile; `mmdit.inside.capture` says what and how."""
+        return inside.capture(self.transformer, what, **more)
+
+    def ablate(self, part: str, **more: Any) -> AbstractContextManager[None]:
+        """Have one of its parts return something else meanwhile; `mmdit.inside.ablate` says what."""
+        return inside.ablate(self.transformer, part, **more)
+
+    def patch(self, seen: inside.Seen, name: str, blocks: Sequence[int]) -> AbstractContextManager[None]:
+        """Have blocks return what another run had there; see `mmdit.inside.patch`."""
+        return inside.patch(self.transformer, seen, name, blocks)
+
+    def found(self, prompt: str, subjects: str, **keywords: Any) -> list[Found]:
+        """Where the words of subjects, as `"horse; bear"`, are in the prompt's context: their tokens by number.
+
+        keywords: those of a call. With them `capture(("attention",), words=...)` has every head of every block and
+        step. Raises SettingsError for words that are not there.
+        """
+        s = self.check(self.asked({"prompt": prompt, **keywords, "attention_maps": subjects}))
+        return found_in(s, self.text)[MAPS]
+
+    def attention_maps(self, prompt: str, subjects: str, **keywords: Any) -> list[AttentionMaps]:
+        """Draw, and keep where each picture attends to the words of each subject, by step and block.
+
+        subjects: as `"horse; bear"`, each in the prompt; `horse#2` is its second horse. keywords: those of a call.
+        Raises one of USER_ERRORS.
+        """
+        seen = Attention()
+        self.run(self.asked({"prompt": prompt, **keywords, "attention_maps": subjects}), watchers=[seen])
+        return [seen.done[i] for i in sorted(seen.done)]
 
     @cached_property
     def preview(self) -> Glance:

@@ -58,7 +58,10 @@ def rest_of(s: Settings) -> int:
 
 
 def guidance_of(s: Settings, shift: float, last: Sequence[Term] = ()) -> Guidance:
-    """A new one for each picture, since it may remember what it was told. shift: the model's own. last: further terms."""
+    """A new one for each picture, since it may remember what it was told.
+
+    shift: the model's own. last: terms that come behind all others.
+    """
     terms: list[Term] = []
     if s.also:
         terms.append(guidance.composition({also(i): weighted(text)[1] for i, text in enumerate(s.also)}))

@@ -6,7 +6,7 @@ stage is called from, it has the networks for itself until it returns.
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from threading import RLock
 from time import perf_counter
 from typing import Any, TypeVar
@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from mmdit import inside
 from mmdit.attention import attention_by
 from mmdit.common.errors import SettingsError
 from mmdit.control.rows import Control, added
@@ -309,20 +308,6 @@ class Stages:
             return self.predict(torch.cat([at.x] * len(asks)), wanted, attention).chunk(len(asks))
 
         return guided(evaluate, unguided if uncond is None else combined(classifier_free_guidance(cfg, interval)))
-
-    # ---- looking inside the transformer ------------------------------------------------------------
-
-    def capture(self, what: Sequence[str] = ("x",), **more: Any) -> AbstractContextManager[inside.Seen]:
-        """Keep what its blocks compute meanwhile; `mmdit.inside.capture` says what and how."""
-        return inside.capture(self.transformer, what, **more)
-
-    def ablate(self, part: str, **more: Any) -> AbstractContextManager[None]:
-        """Have one of its parts return something else meanwhile; `mmdit.inside.ablate` says what."""
-        return inside.ablate(self.transformer, part, **more)
-
-    def patch(self, seen: inside.Seen, name: str, blocks: Sequence[int]) -> AbstractContextManager[None]:
-        """Have blocks return what another run had there; see `mmdit.inside.patch`."""
-        return inside.patch(self.transformer, seen, name, blocks)
 
     # ---- pictures ----------------------------------------------------------------------------------
 

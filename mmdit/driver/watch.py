@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from mmdit.driver.focusing import Sheet
 from mmdit.driver.settings import Settings
 from mmdit.driver.stages import Stages
 from mmdit.images.options import steps_of
@@ -61,6 +62,7 @@ class Stepped(Event):
     """It was denoised by one step."""
 
     step: Step
+    attention: Sheet | None = None  # where it attended to, if that was asked for; of the step's last evaluation
 
     @property
     def sigma(self) -> float:
@@ -148,6 +150,21 @@ class Progress(Watcher):
         self._tell("draw")
 
 
+class Verbose(Watcher):
+    """Says what every step does, a line each."""
+
+    def __init__(self, told: Callable[[str], object]) -> None:
+        self._told = told
+
+    def step(self, event: Stepped) -> None:
+        line = f"seed {event.settings.seed}, step {event.step.index + 1} of {steps_of(event.settings)}"
+        line += f": noise {event.sigma:.3f}, velocity {float(event.velocity.square().mean().sqrt()):.4f}"
+        seen = None if event.attention is None else event.attention.attended
+        if seen is not None and seen.cost is not None and seen.slope is not None and seen.push is not None:
+            line += f", cost {float(seen.cost):.4f}, gradient {float(seen.slope):.3g}, push {float(seen.push):.2%}"
+        self._told(line)
+
+
 class Finite(Watcher):
     """Raises NotFiniteError that names the first step whose latents are not finite.
 
@@ -191,6 +208,8 @@ class Trace(Watcher):
     def step(self, event: Stepped) -> None:
         seen, i = self._seen[event.index], event.step.index
         seen |= {f"velocity.{i}": event.velocity.cpu(), f"latents.{i}": event.latents.cpu()}
+        if event.attention is not None:
+            seen[f"attention.{i}"] = event.attention.attended.maps[None].cpu()
 
     def picture(self, event: Drawn) -> None:
         self._seen[event.index]["image"] = torch.from_numpy(np.array(event.image))[None]  # (1, H, W, 3)
