@@ -9,11 +9,12 @@ weights may come and go meanwhile, as in a pass without.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
 
 from mmdit.attention import Backend, attention
@@ -172,7 +173,21 @@ class Checkpointed:
         self._block = block
 
     def __call__(self, *given: Any) -> Any:
-        return checkpoint(self._block, *given, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(self._block, *given, use_reentrant=False, preserve_rng_state=False, context_fn=_modes)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._block, name)
+
+
+def _modes() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """What to compute in at first, and again: on the way back PyTorch leaves modes of functions, as meters are, off."""
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        with ExitStack() as stack:
+            for mode in modes:
+                stack.enter_context(mode)
+            yield
+
+    modes = _get_current_function_mode_stack()
+    return nullcontext(), again()

@@ -13,7 +13,7 @@ from PIL import Image
 
 from mmdit.common.errors import SettingsError
 from mmdit.common.options import Mark, marked, option, rooms, wrong
-from mmdit.driver.options import PictureOptions
+from mmdit.driver.options import OF_THE_COMMAND, PictureOptions
 from mmdit.driver.output import parameters, save_image
 from mmdit.driver.prompts import picture_settings
 from mmdit.driver.settings import LOADED, SD35_MEDIUM_DEFAULTS, Settings, identity, keywords, settings_from
@@ -69,6 +69,13 @@ How it is guided:
 --pag 0.0 X
 --pag-layers None N,N,...
 --cache 0.0 X
+Several subjects:
+--focus None TEXT;TEXT
+--focus-scale 1.0 X
+--focus-loss 'focus' focus,conform,attend-and-excite,divide-and-bind,jedi
+--focus-until 0.9 X
+--focus-gain 'code' code,memoryless,unit,step,relative
+--attention-maps None TEXT;TEXT
 Whose picture it is to be:
 --like None stability,diffusers,comfyui,sdcpp,kohya,focus
 --rng 'cpu' cpu,cuda
@@ -106,6 +113,7 @@ Memory:
 --memory 'auto' SIZE
 Watching, and repeating:
 --preview None N
+--verbose False what
 --from-png None FILE
 What is written, and a list in place of a prompt:
 --out 'out' FILE|FOLDER
@@ -232,6 +240,8 @@ OTHER = {
     "cfg_interval": "0.2:0.9", "sampler": "heun", "schedule": "karras", "cfg_schedule": "linear", "cfg_rescale": 0.7,
     "cfg_zero": True, "apg": "0:15:-0.5", "also": ("a pig:0.5",), "slg": 2.5, "slg_layers": "7",
     "slg_interval": "0:0.3", "pag": 3.0, "pag_layers": "13", "cache": 0.05,
+    "focus": "a; b", "focus_scale": 2.0, "focus_loss": "jedi", "focus_until": 0.5, "focus_gain": "unit",
+    "attention_maps": "a; b", "verbose": True,
     "like": "comfyui", "rng": "cuda", "shift": "1.5", "sigmas": "1.0,0.5",
     "prompt_clip_l": "k", "prompt_clip_g": "j", "prompt_t5": "i", "negative_clip_l": "h", "negative_clip_g": "f",
     "negative_t5": "e", "emphasis": True, "long_prompts": True, "embedding": ("q.safetensors",), "clip_chunks": 2,
@@ -246,7 +256,9 @@ OTHER = {
     "dtype": "fp32", "quantise": "int8", "attention": "math", "compile": True, "memory": "1GB", "out": "o",
     "prompts": "p", "dump": "d", "taesd": "e", "taesd_decode": True, "preview": 2, "from_png": "f",
 }  # fmt: skip
-UNSEEN = {"count", "device", "memory", "out", "prompts", "dump", "taesd", "preview", "from_png"}
+UNSEEN = {
+    "count", "device", "memory", "out", "prompts", "dump", "taesd", "preview", "verbose", "from_png", "attention_maps",
+}  # fmt: skip
 QUOTED = {name: f'{name}: "{text}"' for name, text in {
     "lora": "a:0.5", "cfg_interval": "0.2:0.9", "apg": "0:15:-0.5", "also": "a pig:0.5", "slg_interval": "0:0.3",
     "outpaint": "0,0,64,0", "sigmas": "1.0,0.5", "control_interval": "0:0.8",
@@ -269,7 +281,7 @@ def test_what_tells_pictures_apart(name: str) -> None:
     assert name in UNSEEN or identity(replace(unknown, **{name: OTHER[name]})) != identity(unknown)
 
 
-@pytest.mark.parametrize("name", sorted(OTHER.keys() - {"prompts", "dump", "out", "count", "preview", "from_png"}))
+@pytest.mark.parametrize("name", sorted(OTHER.keys() - {"count", *OF_THE_COMMAND}))
 def test_parameters_has_every_setting(name: str) -> None:
     own = {"steps": "Steps", "cfg": "CFG scale", "seed": "Seed", "model": "Model", "negative": "Negative prompt"}
     own |= {"sampler": "Sampler", "schedule": "Schedule type"}
@@ -287,9 +299,10 @@ def test_marks() -> None:
         "model", "clip_l", "clip_g", "t5xxl", "vae", "tokenizers", "lora", "t5", "dtype", "quantise", "device",
         "compile", "variant", "embedding", "control", "taesd", "taesd_decode",
     }  # fmt: skip
-    assert marked(Settings, Mark.OF_THE_RUN) == ("memory", "preview", "from_png", "prompts", "dump")
+    assert marked(Settings, Mark.OF_THE_RUN) == ("memory", "preview", "verbose", "from_png", "prompts", "dump")
     own = {f"{role}{encoder}" for role in ("prompt", "negative") for encoder in ("", "_clip_l", "_clip_g", "_t5")}
     own |= {"control_image", "control_mask", "control_pictures", "variation_seed", "variation_strength"}
+    own |= {"focus", "attention_maps"}
     assert {*marked(Settings, Mark.OWN)} == {*own, "emphasis", "long_prompts", "seed", "count", "out"}
     assert marked(PictureOptions, Mark.LOADED) == ()
 

@@ -67,6 +67,31 @@ def test_a_break_in_any_layer_harms_nothing_on_a_gpu(block: int, late: bool, mon
     assert not gpu.harm
 
 
+def test_weights_stay_for_what_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up, and back again as where each layer is computed again: its weights are there until the next one's turn.
+
+    On the way back the next to come is the layer before, so nothing is brought in vain but at the two ends.
+    """
+    gpu, brought = Gpu(10**9), list[int]()
+    gpu.play(monkeypatch)
+    layers, x = Layers(monkeypatch), torch.randn(2, 8)
+    expected = layers.outputs(x)
+    stream = layers.stream(rounds=True, pages=Pages(GPU))
+    real = stream._carrier.start
+    monkeypatch.setattr(stream._carrier, "start", lambda unit: [brought.append(unit), real(unit)][1])
+    for _ in range(2):
+        with torch.enable_grad():
+            for i in [0, 1, 2, 3, 4, 4, 3, 2, 1, 0]:
+                assert torch.equal(layers.net[i](x), expected[i])
+                assert stream._ahead is not None
+                stream._ahead.tensors.result()  # what comes next is there: it is in none of this layer's memory
+                assert torch.equal(layers.net[i].weight + 0, layers.stored[f"{i}.weight"])
+        assert torch.equal(layers.net[0](x), expected[0])
+    assert brought[:12] == [0, 1, 2, 3, 4, 0, 4, 3, 2, 1, 0, 1]
+    stream.close()
+    assert not gpu.harm and all(layer.weight is None for layer in layers.net)
+
+
 def test_what_failed_on_its_way_to_a_broken_round_is_not_the_next_ones_error() -> None:
     """The third layer's weights cannot be read while the second runs; the next round begins with the first."""
     net = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(3))).requires_grad_(False)
