@@ -199,13 +199,14 @@ def ablate(
     model: MMDiT,
     part: str,
     heads: Sequence[int] = (),
-    by: str | Callable[[int, Tensor], Tensor] = "zero",
+    by: str | Callable[[int, Any], Any] = "zero",
 ) -> Iterator[None]:
     """Meanwhile what a part returns is something else: "zero", its "mean" over the tokens, or a function's.
 
     part: the path of a module, as `joint_blocks.2.x_block.mlp`; of a whole block, that it does nothing is its zero.
     heads: of an attention, by number; the rest of them stay. by: or a function of the step, counted from 0, and of
-    what the part would return. Raises SettingsError for a part that is not there.
+    what the part would return; of a whole block these are image tokens and text tokens, of heads what all of them
+    gathered, `(R, N, H, D / H)`. Raises SettingsError for a part that is not there.
     """
     modules, step = dict(model.named_modules()), -1
     if part not in modules:
@@ -217,7 +218,7 @@ def ablate(
         nonlocal step
         step += 1
 
-    def other(value: Tensor) -> Tensor:
+    def other(value: Any) -> Any:
         if callable(by):
             return by(step, value)
         return torch.zeros_like(value) if by == "zero" else value.mean(dim=1, keepdim=True).expand_as(value)
@@ -228,7 +229,9 @@ def ablate(
         return (gathered.flatten(2), *given[1:])
 
     def whole(_: nn.Module, given: tuple[Any, ...], out: Any) -> Any:
-        return tuple(given[: len(out)]) if isinstance(out, tuple) else other(out)
+        if not isinstance(out, tuple) or callable(by):
+            return other(out)
+        return tuple(given[: len(out)]) if by == "zero" else tuple(other(stream) for stream in out)
 
     if by not in ("zero", "mean") and not callable(by):
         raise SettingsError(f"ablate: by is {by!r}: expected zero, mean or a function")
@@ -244,16 +247,48 @@ def ablate(
 
 
 @contextmanager
-def patch(model: MMDiT, seen: Mapping[str, Mapping[Key, Tensor]], name: str, blocks: Sequence[int]) -> Iterator[None]:
+def patch(
+    model: MMDiT,
+    seen: Mapping[str, Mapping[Key, Tensor]],
+    name: str,
+    blocks: Sequence[int],
+    steps: Sequence[int] | None = None,
+    rows: Sequence[int] | None = None,
+) -> Iterator[None]:
     """Meanwhile these blocks' part is what another run had there, captured under this name, at the same step.
 
-    name: one of "attn", "attn2", "mlp", "context_attn", "context_mlp".
+    name: "x" or "context", the tokens after a block, or one of "attn", "attn2", "mlp", "context_attn", "context_mlp".
+    steps, rows: only in these steps, and in these rows of the batch (default: all). Raises SettingsError for what was
+    not captured.
     """
+    streams = ("x", "context")
+    if name not in (*streams, *OUTPUTS):
+        raise SettingsError(f"patch: no {name!r}: there are {', '.join((*streams, *OUTPUTS))}")
+    if missing := set(blocks) - {block for _, block in seen.get(name, {})}:
+        raise SettingsError(f"patch: {name} was not captured in blocks {sorted(missing)}")
+
+    def put(step: int, block: int, value: Tensor) -> Tensor:
+        if (step, block) not in seen[name]:
+            raise SettingsError(f"patch: {name} of block {block} was not captured in step {step}")
+        other = seen[name][step, block].to(value)
+        if rows is None:
+            return other
+        value = value.clone()
+        value[list(rows)] = other[list(rows)]
+        return value
+
+    def by(block: int) -> Callable[[int, Any], Any]:
+        def replaced(step: int, value: Any) -> Any:
+            if steps is not None and step not in steps:
+                return value
+            if name not in streams:
+                return put(step, block, value)
+            return tuple(put(step, block, v) if name == stream else v for stream, v in zip(streams, value))
+
+        return replaced
+
     with ExitStack() as stack:
         for i in blocks:
-
-            def captured(step: int, value: Tensor, i: int = i) -> Tensor:
-                return seen[name][step, i].to(value)
-
-            stack.enter_context(ablate(model, f"joint_blocks.{i}.{OUTPUTS[name]}", by=captured))
+            part = f"joint_blocks.{i}" if name in streams else f"joint_blocks.{i}.{OUTPUTS[name]}"
+            stack.enter_context(ablate(model, part, by=by(i)))
         yield

@@ -204,6 +204,53 @@ def test_patching_in_a_run_of_its_own_changes_nothing_and_another_one_does(pipe:
         assert not near(drawn(pipe)["latents.1"], plain["latents.1"], 1e-3)
 
 
+def test_a_function_of_a_whole_block_has_both_streams(pipe: Pipeline) -> None:
+    """Once a function, and a mean, were taken for a zero there."""
+    with capture(pipe.transformer, ("x", "context"), (1,)) as plain:
+        drawn(pipe)
+    ways: list[Any] = [lambda _, streams: (streams[0], 2 * streams[1]), "mean"]
+    for by in ways:
+        with (
+            ablate(pipe.transformer, "joint_blocks.1", by=by),
+            capture(pipe.transformer, ("x", "context"), (1,)) as seen,
+        ):
+            drawn(pipe)
+        x, context = (plain[name][0, 1] for name in ("x", "context"))
+        expected = (x.mean(1, True).expand_as(x), context.mean(1, True).expand_as(context))
+        for name, value in zip(("x", "context"), expected if by == "mean" else (x, 2 * context)):
+            assert near(seen[name][0, 1], value)
+
+
+def test_streams_are_patched_in_some_steps_and_rows(pipe: Pipeline) -> None:
+    """What later blocks are given is the other run's there, and their own elsewhere."""
+    names: Any = ("x", "context")
+    with capture(pipe.transformer, names, (1,)) as plain:
+        drawn(pipe)
+    with capture(pipe.transformer, names, (1,)) as other:
+        drawn(pipe, prompt="a red bear on a blue background", negative="a fox")
+    for name, rest in (names, names[::-1]):
+        with patch(pipe.transformer, other, name, (1,), steps=(0,), rows=(1,)):
+            with capture(pipe.transformer, names, (1,)) as seen:
+                drawn(pipe)
+        assert torch.equal(seen[name][0, 1][1], other[name][0, 1][1])
+        assert near(seen[name][0, 1][0], plain[name][0, 1][0]) and near(seen[rest][0, 1], plain[rest][0, 1])
+        assert not near(seen[name][1, 1][1], other[name][1, 1][1], 1e-3)
+        assert not near(seen["x"][1, 1], plain["x"][1, 1], 1e-3)
+
+
+@pytest.mark.parametrize(("given", "said"), [
+    (("y", (1,)), "patch: no 'y': there are x, context, attn"),
+    (("mlp", (1,)), r"patch: mlp was not captured in blocks \[1\]"),
+    (("x", (1, 2)), r"patch: x was not captured in blocks \[2\]"),
+    (("x", (1,)), "patch: x of block 1 was not captured in step 1"),
+])  # fmt: skip
+def test_what_cannot_be_patched_is_told(given: Any, said: str, pipe: Pipeline) -> None:
+    with capture(pipe.transformer, ("x",), (1,)) as seen:
+        drawn(pipe, steps=1)
+    with pytest.raises(SettingsError, match=said), patch(pipe.transformer, seen, *given):
+        drawn(pipe)
+
+
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"what": ("y",)}, "capture: no 'y': there are x, context"),
     ({"blocks": (9,)}, r"capture: blocks \[9\] are not all among the 5 from 0"),

@@ -187,9 +187,9 @@ class Pipeline(Stages):
         """Have one of its parts return something else meanwhile; `mmdit.inside.ablate` says what."""
         return inside.ablate(self.transformer, part, **more)
 
-    def patch(self, seen: inside.Seen, name: str, blocks: Sequence[int]) -> AbstractContextManager[None]:
+    def patch(self, seen: inside.Seen, name: str, blocks: Sequence[int], **more: Any) -> AbstractContextManager[None]:
         """Have blocks return what another run had there; see `mmdit.inside.patch`."""
-        return inside.patch(self.transformer, seen, name, blocks)
+        return inside.patch(self.transformer, seen, name, blocks, **more)
 
     def found(self, prompt: str, subjects: str, **keywords: Any) -> list[Found]:
         """Where the words of subjects, as `"horse; bear"`, are in the prompt's context: their tokens by number.
