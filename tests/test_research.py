@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from toys import OneByOne, trained_here
 
@@ -22,6 +23,7 @@ from mmdit import variants
 from mmdit.variants import PLAIN
 
 TINY = ["--width", "64", "--depth", "2", "--batch", "4", "--scenes", "400", "--size", "16", "--dtype", "float32"]
+TINY += ["--pictures", "0"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -66,7 +68,8 @@ def test_a_budget_that_is_none_ends_in_a_line(text: str, capsys: pytest.CaptureF
 
 def test_stopped_and_resumed_equals_never_stopped(tmp_path: Path, scenes: Path) -> None:
     """Bit for bit, the log but for its times included; the signal comes in the middle."""
-    whole, parts = run_of(tmp_path / "a", scenes), run_of(tmp_path / "b", scenes)
+    drawing = ("--pictures", "2")  # on the way, in one of both
+    whole, parts = run_of(tmp_path / "a", scenes), run_of(tmp_path / "b", scenes, *drawing)
     assert train.train(whole, Budget("steps", 11))
     update, steps = parts.update, []
 
@@ -79,7 +82,7 @@ def test_stopped_and_resumed_equals_never_stopped(tmp_path: Path, scenes: Path) 
     parts.update = interrupted
     assert not train.train(parts, Budget("steps", 11))
     assert parts.step == 6
-    again = run_of(tmp_path / "b", scenes)
+    again = run_of(tmp_path / "b", scenes, *drawing)
     assert again.step == 6 and train.train(again, Budget("steps", 11))
     for name, value in whole.model.state_dict().items():
         assert torch.equal(again.model.state_dict()[name], value), name
@@ -89,6 +92,55 @@ def test_stopped_and_resumed_equals_never_stopped(tmp_path: Path, scenes: Path) 
     logs = [[json.loads(line) for line in (tmp_path / x / "log.jsonl").read_text().splitlines()] for x in "ab"]
     same = ("step", "flops", "held_out", "by_level")
     assert [[line[key] for key in same] for line in logs[0]] == [[line[key] for key in same] for line in logs[1]]
+
+
+def test_pictures_as_it_goes_change_nothing_of_it(tmp_path: Path, scenes: Path) -> None:
+    """Two rows, of the scenes and of drawings that differ between measurements; weights, noise and log are the same."""
+    plain, drawing = run_of(tmp_path / "a", scenes), run_of(tmp_path / "b", scenes, "--pictures", "3", "--rate", "0.1")
+    plain.rate, found = drawing.rate, []
+    measure = drawing.measure
+
+    def measured(loss: float) -> None:
+        before = torch.get_rng_state()
+        measure(loss)
+        assert torch.equal(torch.get_rng_state(), before)
+        with Image.open(tmp_path / "b" / "pictures.png") as image:
+            found.append(np.asarray(image))
+
+    drawing.measure = measured
+    for run in (plain, drawing):
+        assert train.train(run, Budget("steps", 8))
+    state = drawing.model.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in plain.model.state_dict().items())
+    assert np.array_equal(plain.losses[8], drawing.losses[8])
+    assert not (tmp_path / "a" / "pictures.png").exists() and not list((tmp_path / "b").glob(".*"))
+    first, last = found
+    assert first.shape == (2 * 16, 3 * 32, 3)  # latents of 2 by 4 cells
+    assert np.array_equal(first[:16], last[:16]) and not np.array_equal(first[16:], last[16:])
+
+
+def test_pictures_on_the_way_are_those_that_drawing_gives(tmp_path: Path, scenes: Path) -> None:
+    """Of the model that a training leaves behind: by the engine's own velocity, guidance and solver."""
+    from mmdit import Pipeline
+    from samplers import euler, shifted_sigmas
+    from text_encoders import Conditioning
+
+    run = run_of(tmp_path / "a", scenes, "--pictures", "2", "--rate", "0.1")
+    assert train.train(run, Budget("steps", 3))
+    pipe = Pipeline.load(tmp_path / "a", dtype="fp32", device="cpu")
+    held = run.held
+    cond, uncond = (Conditioning(c.float(), p.float(), {}) for c, p in (
+        (held.context[:2], held.pooled[:2]), (held.empty_context, held.empty_pooled)))  # fmt: skip
+    noise = torch.randn(2, 16, 2, 4, generator=torch.Generator().manual_seed(0))
+    latents = euler(pipe.velocity(cond, uncond, train.CFG, 2), noise, shifted_sigmas(train.STEPS, pipe.shift))
+    assert np.abs(pipe.decode(latents).numpy().astype(int) - run.drawn().astype(int)).max() <= 4  # the demo's bfloat16
+
+
+@pytest.mark.parametrize("count", ["-1", "9"])
+def test_pictures_that_are_too_many_are_told(count: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as end:
+        train.main(["--pictures", count])
+    assert end.value.code == 2 and capsys.readouterr().err.splitlines()[-1].endswith(f"{count}: expected 0 to 8")
 
 
 def test_variants_of_one_seed_are_a_pair() -> None:

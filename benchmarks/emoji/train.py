@@ -8,14 +8,16 @@ out depend on seed and step alone. The learning rate is constant and the weights
 point of a run may be compared with any of another. A run that was stopped and resumed is one that was never stopped.
 
 OUT/log.jsonl: a line for every measurement, with the held-out loss by noise level; OUT/heldout.npz: of every held-out
-scene. At the end OUT is a model's folder too, the averaged weights beside the demo's other networks:
-`python -m mmdit.run "a horse" --model OUT`.
+scene; OUT/pictures.png: the first held-out scenes, and below them what the averaged weights draw of their captions.
+None of that counts against the budget, or changes what is trained. At the end OUT is a model's folder too, the averaged
+weights beside the demo's other networks: `python -m mmdit.run "a horse" --model OUT`.
 """
 
 import argparse
 import json
 import sys
 from copy import deepcopy
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +29,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.check_variant import save_model
 from benchmarks.emoji import data
 from benchmarks.emoji.beginning import config_of, generator_of, initialise, weights_of
+from benchmarks.emoji.evaluate import sheet
 from benchmarks.emoji.training import LEVELS, Budget, Training, sample, train, velocity_loss
-from mmdit import variants
+from mmdit import Pipeline, variants
 from mmdit.common.errors import SettingsError
+from mmdit.common.files import beside, put
+from mmdit.driver.loading import DEMO
 from mmdit.upcycle import summary, upcycle
 from mmdit.variants import PLAIN, Variant
+from samplers import euler, shifted_sigmas
 from weights import CheckpointError
 
 NOISE_MEAN, NOISE_SPREAD = 0.0, 1.0  # of the logit of sigma
+STEPS, CFG = 8, 3.0  # of the pictures on the way
 
 
 class Run(Training):
@@ -94,6 +101,35 @@ class Run(Training):
         self.write({"flops": self.step * self.flops, **told})
         held: dict[str, Any] = {str(step): losses for step, losses in self.losses.items()}
         np.savez(self.out / "heldout.npz", **held)
+        if self.args.pictures:
+            with beside(self.out / "pictures.png") as partial:
+                sheet(np.concatenate([self.scenes, self.drawn()]), partial, columns=len(self.scenes))
+                put(partial, self.out / "pictures.png")
+
+    @cached_property
+    def demo(self) -> Pipeline:
+        """Whose autoencoder the latents are of."""
+        return Pipeline.load(DEMO, t5="off", device=self.device.type)
+
+    @cached_property
+    def scenes(self) -> np.ndarray:
+        """The first held-out scenes as the autoencoder gives them back, uint8 `(pictures, H, W, 3)`."""
+        return self.demo.decode(self.held.latents[: self.args.pictures].float()).numpy()
+
+    @torch.no_grad()
+    def drawn(self) -> np.ndarray:
+        """Their captions drawn by the averaged weights, always from the same noise."""
+        model, held, count = self.averaged(), self.held, len(self.scenes)
+        context = torch.cat([held.context[:count], held.empty_context.expand(count, -1, -1)]).to(self.dtype)
+        pooled = torch.cat([held.pooled[:count], held.empty_pooled.expand(count, -1)]).to(self.dtype)
+
+        def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+            both = model(x.to(self.dtype).repeat(2, 1, 1, 1), sigma.to(self.device).expand(2 * count), context, pooled)
+            cond, uncond = both.float().chunk(2)
+            return uncond + CFG * (cond - uncond)
+
+        noise = torch.randn(held.latents[:count].shape, generator=torch.Generator().manual_seed(0)).to(self.device)
+        return self.demo.decode(euler(velocity, noise, shifted_sigmas(STEPS, self.demo.shift))).numpy()
 
     def save(self, **more: Any) -> None:
         names = list(self.losses)
@@ -126,6 +162,9 @@ def parser_of() -> argparse.ArgumentParser:
     parser.add_argument("--depth", type=int, default=5)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rate", type=float, default=2e-3, help="learning rate")
+    parser.add_argument(
+        "--pictures", type=int, default=8, help="held-out captions drawn at each measurement, 0 to 8 (default: 8)"
+    )
     parser.add_argument("--data", type=Path, default=Path("out/variants"), help="folder of the encoded scenes")
     parser.add_argument("--size", type=int, default=data.SIZE, help="of the scenes, in pixels")
     parser.add_argument("--scenes", type=int, default=data.COUNT, help="how many there are")
@@ -142,6 +181,8 @@ def main(arguments: Any = None) -> int:
         parser.error(str(error))
     except ValueError:
         parser.error(f"--budget: {args.budget!r}: expected 20min, steps:3000 or flops:1e15")
+    if not 0 <= args.pictures <= 8:
+        parser.error(f"--pictures {args.pictures}: expected 0 to 8")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.threads:
