@@ -69,6 +69,19 @@ def test_settings_of_lines(desk: Desk) -> None:
     assert desk.list({}, *lines) == desk.list(*lines) == []
 
 
+def test_another_solver_draws_anew(desk: Desk) -> None:
+    """Once the file did not say what drew it, and a picture by Euler passed for one by Heun."""
+    (euler,) = desk.list({})
+    (heun,) = desk.list({}, options=("--sampler", "heun"))
+    found = [settings_in(path) for path in (euler, heun)]
+    assert [s and s.sampler for s in found] == ["euler", "heun"]
+    assert np.abs(pixels(euler) - pixels(heun)).max() > 1
+    files = [path.read_bytes() for path in (euler, heun)]
+    assert desk.list({}) == desk.list({"sampler": "heun"}) == desk.list({}, {"sampler": "heun"}) == []
+    assert len(desk.list({}, options=("--sampler", "dpmpp_2m"))) == 1
+    assert [path.read_bytes() for path in (euler, heun)] == files
+
+
 def test_settings_of_loading(desk: Desk) -> None:
     """Quantisation, a part from another file, another model: given as options."""
     tensors = load_file(desk.model / "text_encoder" / "model.safetensors")
