@@ -62,6 +62,7 @@ def capture(
     blocks: Sequence[int] | None = None,
     words: Sequence[int] = (),
     patches: Sequence[int] = (),
+    texts: Sequence[int] = (),
     limit: int = _LIMIT,
 ) -> Iterator[Seen]:
     """Meanwhile keep of every evaluation, for these blocks (default: all):
@@ -71,7 +72,9 @@ def capture(
     - "modulation": the shifts, scales and gates of the image's stream, `(chunks, R, 1, D)`;
     - "attention": of each head, for `words`, tokens of the context by number: how much each image token gathers from
       them, `(R, H, N, words)`; for `patches`, image tokens by number: how much they gather from each token, text first,
-      `(R, H, patches, M + N)`. Exact, without the whole table; its name is "words" or "patches" in what is returned;
+      `(R, H, patches, M + N)`; for `texts`, tokens of the context by number: the same of them, but in the last block,
+      where the text asks nothing. Exact, without the whole table; its name is "words", "patches" or "texts" in what is
+      returned;
     - "lens": the velocity `(R, C, h, w)` if this block were the last.
 
     limit: bytes of all of it. Raises SettingsError beyond, and for a name that is none.
@@ -83,11 +86,11 @@ def capture(
             raise SettingsError(f"capture: no {name!r}: there are {', '.join(WHAT)}")
     if any(not 0 <= block < depth for block in wanted):
         raise SettingsError(f"capture: blocks {list(wanted)} are not all among the {depth} from 0")
-    if "attention" in what and not words and not patches:
-        raise SettingsError("capture: attention of what? words or patches number tokens")
+    if "attention" in what and not (words or patches or texts):
+        raise SettingsError("capture: attention of what? words, patches or texts number tokens")
     seen = Seen(limit)
     with ExitStack() as stack:
-        look = Look(model, seen, stack, words, patches)
+        look = Look(model, seen, stack, words, patches, texts)
         for block in wanted:
             for name in what:
                 look.at(name, block)
@@ -97,11 +100,9 @@ def capture(
 class Look:
     """The hooks of one capture; they are taken off when its stack is left."""
 
-    def __init__(
-        self, model: MMDiT, seen: Seen, stack: ExitStack, words: Sequence[int], patches: Sequence[int]
-    ) -> None:
+    def __init__(self, model: MMDiT, seen: Seen, stack: ExitStack, *tokens: Sequence[int]) -> None:
         self.model, self.seen, self.stack = model, seen, stack
-        self.words, self.patches = list(words), list(patches)
+        self.words, self.patches, self.texts = map(list, tokens)
         self.step, self.tokens = -1, Tokens(0, 0, 0)
         self.before(model, self.started)
 
@@ -171,6 +172,8 @@ class Look:
             if self.patches:
                 rows = first + torch.tensor(self.patches, device=q.device)
                 self.keep("patches", i, shares(q, k, bias, rows))
+            if self.texts and first:
+                self.keep("texts", i, shares(q, k, bias, torch.tensor(self.texts, device=q.device)))
             return attention(q, k, v, inner, bias).unflatten(2, q.shape[2:])
 
         def back() -> None:

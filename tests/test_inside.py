@@ -72,13 +72,16 @@ def test_attention_is_that_of_the_formula(pipe: Pipeline) -> None:
             module = block.get_submodule(f"{stream}.attn.{name}")
             see: Any = lambda _, __, out, key=f"{stream}.{name}": at.update({key: out})  # noqa: E731
             handles.append(module.register_forward_hook(see))
-    with capture(pipe.transformer, ("attention",), blocks=(1,), words=(0, 2), patches=(3, 9)) as seen:
+    tokens: Any = {"words": (0, 2), "patches": (3, 9), "texts": (1, 4, 5)}
+    with capture(pipe.transformer, ("attention",), blocks=(1, 4), **tokens) as seen:
         drawn(pipe)
     q, k = (torch.cat([at[f"context_block.{n}"], at[f"x_block.{n}"]], dim=1).double() for n in ("ln_q", "ln_k"))
     table = (torch.einsum("bnhd,bmhd->bhnm", q, k) * q.shape[-1] ** -0.5).softmax(-1)
     text = at["context_block.ln_q"].shape[1]
     words, patches = seen["words"][1, 1].double(), seen["patches"][1, 1].double()
     assert near(words, table[:, :, text:, [0, 2]])
+    assert near(seen["texts"][1, 1].double(), table[:, :, [1, 4, 5]])
+    assert seen["texts"].keys() == {(0, 1), (1, 1)} and seen["words"].keys() > {(1, 4)}  # the last text asks nothing
     assert near(patches, table[:, :, [text + 3, text + 9]])
     assert near(patches.sum(-1), torch.ones_like(patches[..., 0]))
     assert block.x_block.attn.backend == "auto"
@@ -229,9 +232,9 @@ def test_streams_are_patched_in_some_steps_and_rows(pipe: Pipeline) -> None:
     with capture(pipe.transformer, names, (1,)) as other:
         drawn(pipe, prompt="a red bear on a blue background", negative="a fox")
     for name, rest in (names, names[::-1]):
-        with patch(pipe.transformer, other, name, (1,), steps=(0,), rows=(1,)):
-            with capture(pipe.transformer, names, (1,)) as seen:
-                drawn(pipe)
+        replaced = patch(pipe.transformer, other, name, (1,), steps=(0,), rows=(1,))
+        with replaced, capture(pipe.transformer, names, (1,)) as seen:
+            drawn(pipe)
         assert torch.equal(seen[name][0, 1][1], other[name][0, 1][1])
         assert near(seen[name][0, 1][0], plain[name][0, 1][0]) and near(seen[rest][0, 1], plain[rest][0, 1])
         assert not near(seen[name][1, 1][1], other[name][1, 1][1], 1e-3)
@@ -254,7 +257,7 @@ def test_what_cannot_be_patched_is_told(given: Any, said: str, pipe: Pipeline) -
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"what": ("y",)}, "capture: no 'y': there are x, context"),
     ({"blocks": (9,)}, r"capture: blocks \[9\] are not all among the 5 from 0"),
-    ({"what": ("attention",)}, "words or patches number tokens"),
+    ({"what": ("attention",)}, "words, patches or texts number tokens"),
     ({"limit": 1000}, "captured tensors take more than 1 MB: expected fewer blocks"),
 ]
 
