@@ -29,6 +29,7 @@ from torch import Tensor
 
 from benchmarks.emoji.inside_bench import (
     BATCH,
+    KINDS,
     SEED,
     Bench,
     Drawn,
@@ -38,15 +39,16 @@ from benchmarks.emoji.inside_bench import (
     changed,
     path,
     scenes,
+    strongest,
     tinted,
 )
+from benchmarks.emoji.inside_looks import grids, looks
 from benchmarks.emoji.judge import Verdict, interval
 from benchmarks.emoji.scenes import Scene
 from mmdit import Pipeline
 from mmdit.prepared import Prepared, Row
 from text_encoders import Conditioning
 
-KINDS = ("colour", "ground", "place", "noun")  # what two captions differ in
 JUDGED = ("colour", "place")  # of whole drawings
 LEVELS = (0.0, 0.4, 0.8)  # of the steps, where velocities are compared
 TOP = (3, 6)  # heads replaced together
@@ -132,10 +134,6 @@ def shares_at(bench: Bench, text: Conditioning, others: Conditioning, x: Tensor,
         with replaced():
             found[name] = ((velocity(of) - v) * (w - v)).sum(1) / (w - v).square().sum(1)
     return found
-
-
-def strongest(found: dict[Any, np.ndarray]) -> list[Head]:
-    return sorted((name for name in found if isinstance(name, Head)), key=lambda head: -found[head].mean())
 
 
 def binding(bench: Bench, every: list[Scene]) -> dict[str, np.ndarray]:
@@ -242,8 +240,6 @@ def measured(bench: Bench, count: int, for_heads: int = BATCH) -> tuple[str, dic
 
 
 def main() -> None:
-    from benchmarks.emoji.inside_looks import grids, looks
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT_FOLDER")
     parser.add_argument("--scenes", type=int, default=40)

@@ -9,6 +9,7 @@ from itertools import pairwise
 from random import Random
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from samplers import shifted_sigmas
 from text_encoders import Conditioning
 
 SEED, STEPS, CFG, BATCH = 80_000_000, 10, 3.0, 20
+KINDS = ("colour", "ground", "place", "noun")  # what two captions differ in
 ATTENTIONS = ("attn", "context_attn", "attn2")
 
 Drawn = list[tuple[Scene, Verdict]]
@@ -33,6 +35,11 @@ class Head(NamedTuple):
 
     def __str__(self) -> str:
         return f"block {self.block}, {self.attention}, head {self.number}"
+
+
+def strongest(found: dict[Any, np.ndarray]) -> list[Head]:
+    """By the mean of what was found of each; there may be more than heads in it."""
+    return sorted((name for name in found if isinstance(name, Head)), key=lambda head: -found[head].mean())
 
 
 def scenes(count: int, seed: int) -> list[Scene]:

@@ -6,8 +6,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from benchmarks.emoji.inside import KINDS, strongest
-from benchmarks.emoji.inside_bench import ATTENTIONS, Bench
+from benchmarks.emoji.inside_bench import ATTENTIONS, KINDS, Bench, strongest
 from benchmarks.emoji.steering import SIDE, table
 
 CAPTION = "a blue horse and a bear on a green background"
