@@ -46,7 +46,7 @@ class Tokens(NamedTuple):
 class MMDiT(nn.Module):
     """Predicts the velocity of the flow, d latent / d sigma, from a noisy latent and its text."""
 
-    layout = Layout(
+    layout = Layout(  # what plans, streams and quantisation treat apart; nothing of the algorithm
         tables=("pos_embed",),
         before=r"joint_blocks\.\d+\.\w+\.adaLN_modulation",
         blocks="joint_blocks",
@@ -100,7 +100,7 @@ class MMDiT(nn.Module):
         return self.context_embedder(context)
 
     def modulations(self, sigma: Tensor, pooled: Tensor) -> list[Modulations]:
-        """What every block is told: when (the timestep) and, in a word, what (the pooled text).
+        """What every block is told: when (the timestep) and, roughly, what (the pooled text).
 
         sigma: `(B,)`. pooled: `(B, pooled_size)`. Returns for every block its shifts, scales and gates, and last those
         of the final layer.
@@ -159,7 +159,7 @@ class JointBlock(nn.Module):
     def gather(
         self, x: Tensor, context: Tensor, tokens: Tokens, x_modulation: Modulation, context_modulation: Modulation
     ) -> tuple[Tensor, Tensor]:
-        """What text and image tokens gather from all of both; queries, keys and values are forgotten with it."""
+        """What text and image tokens gather from all of both. Queries, keys and values end here: the MLPs need room."""
         x_qkv = self.x_block.to_qkv(x, x_modulation)  # 3 x (B, N, H, D / H)
         context_qkv = self.context_block.to_qkv(context, context_modulation)  # 3 x (B, M, H, D / H)
         q, k, v = (torch.cat(pair, dim=1) for pair in zip(context_qkv, x_qkv))
@@ -198,7 +198,10 @@ class Block(nn.Module):
 
 
 class DualBlock(Block):
-    """The image stream's half with a second attention among the image tokens alone."""
+    """The image stream's half with a second attention, among the image tokens alone, that reads what the first reads.
+
+    Both norms are `norm1`, shifted and scaled differently; both results are added before the MLP.
+    """
 
     chunks = 9  # those of Block, then shift, scale and gate for the second attention
 
@@ -230,7 +233,7 @@ class LastContextBlock(nn.Module):
     def to_qkv(self, x: Tensor, modulation: Modulation) -> tuple[Tensor, Tensor, Tensor]:
         shift, scale = modulation
         q, k, v = self.attn.to_qkv(self.norm1(x, shift, scale))
-        return q[:, :0], k, v
+        return q[:, :0], k, v  # nobody reads what the text would gather here
 
     def forward(self, x: Tensor, gathered: Tensor, tokens: Tokens, modulation: Modulation) -> Tensor:  # noqa: ARG002
         return x
@@ -260,8 +263,9 @@ class SelfAttention(nn.Module):
         return self.ln_q(q), self.ln_k(k), v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> Tensor:  # noqa: ARG002
-        """What tokens that ask `(B, N, H, D / H)` gather from those that answer `(B, M, H, D / H)`: `(B, N, D)`.
+        """What tokens that ask gather from those that answer, `(B, N, D)`.
 
+        q: `(B, N, H, D / H)`, of those that ask. k, v: `(B, M, H, D / H)`, of those that answer.
         tokens: how those that answer lie; of those that ask, the text is left out in the last block.
         """
         return attention(q, k, v, self.backend)
