@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
@@ -24,6 +25,8 @@ from mmdit.model import MMDiT
 
 Cost = Callable[[Tensor], Tensor]  # of one latent's maps: a number
 
+_BY_PYTORCH = ("auto", "sdpa", "cores")  # backends that are PyTorch's own where gradients are wanted
+_COLUMNS = 8  # kernels take widths that are multiples of it
 _FP16 = 2.0**12  # what a cost is multiplied by on its way back in float16, where small gradients would be nothing
 
 
@@ -109,10 +112,15 @@ def _record(
 
     def backend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         first = q.shape[1] - image  # of the image's tokens that ask
-        some = None if bias is None else bias.expand(*bias.shape[:-2], q.shape[1], k.shape[1])[..., first:, :]
-        found = shares(q[:, first:], k, chosen, most, inner, some).mean(dim=2)  # (R, N, tokens)
-        maps.setdefault(i, found.unflatten(1, grid))  # not again where it is computed again
-        return attention(q, k, v, inner, bias).unflatten(2, q.shape[2:])
+        if torch.is_grad_enabled() and inner in _BY_PYTORCH:  # what goes back is most of the work: one way for both
+            gathered, every = both(q, k, v, chosen, most, bias)
+            found = every[:, first:]
+        else:
+            some = None if bias is None else bias.expand(*bias.shape[:-2], q.shape[1], k.shape[1])[..., first:, :]
+            found = shares(q[:, first:], k, chosen, most, inner, some)  # (R, N, H, tokens)
+            gathered = attention(q, k, v, inner, bias).unflatten(2, q.shape[2:])
+        maps.setdefault(i, found.mean(dim=2).unflatten(1, grid))  # not again where it is computed again
+        return gathered
 
     attn.backend = backend
 
@@ -137,17 +145,34 @@ def shares(
     chosen: the tokens of each row, at most `most`. bias: as in `attention`. Returns `(R, N, H, most)`, float32, zeros
     where a row has fewer. Values as wide as a head are what every kernel takes.
     """
-    rows, heads, width = len(chosen), q.shape[2], q.shape[3]
+    heads, width = q.shape[2:]
     parts = []
     for begin in range(0, most, width):
-        ones = torch.zeros(rows, k.shape[1], width, dtype=q.dtype, device=q.device)  # (R, M, d)
-        where = [(r, token, j) for r, own in enumerate(chosen) for j, token in enumerate(own[begin : begin + width])]
-        if where and not q.is_meta:
-            ones[tuple(torch.tensor(where, device=q.device).T)] = 1
-        values = ones[:, :, None].expand(-1, -1, heads, -1)  # (R, M, H, d)
+        values = _ones(k, chosen, begin, width)
         gathered = attention(q, k, values, backend, bias).unflatten(2, (heads, width))
         parts.append(gathered[..., : min(width, most - begin)].float())
     return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+
+
+def both(
+    q: Tensor, k: Tensor, v: Tensor, chosen: Sequence[Sequence[int]], most: int, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What is gathered, `(R, N, H, d)`, and `shares`, by one attention whose values have more columns."""
+    width, more = q.shape[-1], -(-most // _COLUMNS) * _COLUMNS
+    values = torch.cat([v, _ones(k, chosen, 0, more)], dim=-1)
+    wide = (F.pad(q, (0, more)), F.pad(k, (0, more)), values)  # kernels want all equally wide; zeros add nothing
+    found = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in wide), attn_mask=bias, scale=width**-0.5)
+    gathered, extra = found.transpose(1, 2).split([width, more], dim=-1)
+    return gathered, extra[..., :most].float()
+
+
+def _ones(k: Tensor, chosen: Sequence[Sequence[int]], begin: int, width: int) -> Tensor:
+    """Values `(R, M, H, width)` that tell shares: column j is 1 for the row's token `begin + j`, 0 for all others."""
+    ones = torch.zeros(len(chosen), k.shape[1], width, dtype=k.dtype, device=k.device)
+    where = [(r, token, j) for r, own in enumerate(chosen) for j, token in enumerate(own[begin : begin + width])]
+    if where and not k.is_meta:
+        ones[tuple(torch.tensor(where, device=k.device).T)] = 1
+    return ones[:, :, None].expand(-1, -1, k.shape[2], -1)
 
 
 @contextmanager
