@@ -1,0 +1,341 @@
+"""A LoRA adapter that keeps subjects apart, trained by adjoint matching: FOCUS (Bill et al. 2025, arXiv 2510.02315).
+
+An iteration draws trajectories of one prompt, without guidance, sees at every step what it costs that the subjects
+mix, and moves the velocity towards the adjoint. Both networks of the method are one model, with adapters on and off.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mmdit.common.command import give, say
+from mmdit.common.errors import SettingsError
+from mmdit.common.options import Mark, marked
+from mmdit.common.paths import user_path
+from mmdit.driver.focusing import FOCUS, found_in, pieces
+from mmdit.driver.loading import load_parts
+from mmdit.driver.output import engine, save_dump
+from mmdit.driver.pipeline import USER_ERRORS, Pipeline
+from mmdit.driver.prompts import Line, from_json, read_lines, told_at
+from mmdit.driver.sampling import sigmas_of
+from mmdit.driver.settings import Settings
+from mmdit.driver.texts import encode, texts_of
+from mmdit.finetune import adjoint
+from mmdit.finetune.lora import JOINT_ATTENTION, Lora, targets
+from mmdit.finetune.options import FocusTuning
+from mmdit.finetune.state import Files, Log, picked, read, save, seeded, undivided
+from mmdit.maps import Look, checkpointed
+from mmdit.prepared import Prepared, Row
+from samplers.focus import COSTS
+from text_encoders import Conditioning
+
+_BETAS = (0.95, 0.999)  # of Adam, as FOCUS's authors have them
+_WATCHED = 4  # of the prompts, where none are held out
+
+
+class Lesson(NamedTuple):
+    """A prompt to learn from."""
+
+    settings: Settings  # all filled in
+    groups: tuple[tuple[int, ...], ...]  # of each subject, the places of its words in the context
+    text: Conditioning
+
+
+def read_lessons(name: str, path: str, base: Settings) -> list[Line]:
+    """The lines of a file of prompts and their subjects; SettingsError, which names the option, file and line."""
+    lines = []
+    for number, text in read_lines(user_path(name, path)).items():
+        line = Line(f"{path}: line {number}", base)
+        with told_at(line):
+            given = from_json(text)
+            if given.keys() != {"prompt", "focus"} or not all(isinstance(value, str) for value in given.values()):
+                raise SettingsError('expected {"prompt": "a horse and a bear", "focus": "horse; bear"}, and no more')
+            settings = replace(base, **given)
+            settings.resolved({})
+            lines.append(line._replace(settings=settings))
+    if not lines:
+        raise SettingsError(f"{name}: {path}: there is no prompt in it")
+    return lines
+
+
+def settings_of(options: FocusTuning) -> Settings:
+    """What the options say of the model and its pictures, as settings without a prompt."""
+    known, other = {f.name for f in fields(Settings)}, ("out", "prompts", "seed", "weights")
+    given = {f.name: getattr(options, f.name) for f in fields(options) if f.name in known and f.name not in other}
+    given.pop("focus_loss")
+    return Settings(**given, cfg=1.0, count=options.trajectories)
+
+
+def run(options: FocusTuning) -> None:
+    """Train, or go on; SettingsError for what cannot be done, before anything is loaded where it shows."""
+    options.check()
+    files = Files(user_path("out", options.out))
+    files.check()
+    base = settings_of(options)
+    lines = read_lessons("prompts", options.prompts, base)
+    held = lines[:_WATCHED] if options.held_out is None else read_lessons("held_out", options.held_out, base)
+    try:
+        Focus(options, files, lines, held).train()
+    except USER_ERRORS as error:
+        raise SettingsError(str(error)) from error
+
+
+class Focus:
+    """A run: a model, its adapters, what it learns from, and how far it is."""
+
+    def __init__(self, options: FocusTuning, files: Files, lines: Sequence[Line], held: Sequence[Line]) -> None:
+        self.options, self.files = options, files
+        parts = load_parts(lines[0].settings)  # no weights yet
+        if parts.dtype == torch.float16:
+            raise SettingsError("dtype fp16 is too narrow for gradients: expected --dtype bf16 or --dtype fp32")
+        every: list[Settings] = []
+        for line in (*lines, *held):
+            with told_at(line):
+                every.append(parts.check(replace(line.settings, focus_loss=options.focus_loss)))
+        self.told = self._told(every[: len(lines)], parts.weights)
+        state = read(files.run, self.told)
+        plain = replace(settings_of(options), cfg=None, count=1)  # pictures to watch it by are drawn as ever
+        self.pipe = Pipeline.from_settings(plain, parts)
+        found = [found_in(s, self.pipe.text) for s in every]
+        for line in dict.fromkeys(line for one in found for line in pieces(one)):
+            say(line)
+        groups = [tuple(subject.columns for subject in one[FOCUS]) for one in found]
+        texts = encode(self.pipe, every, 0, {})
+        encoded = [next(texts[text] for text in texts_of(s).values()) for s in every]
+        lessons = [Lesson(*each) for each in zip(every, groups, encoded)]
+        self.lessons, self.held = lessons[: len(lines)], lessons[len(lines) :]
+        self.levels = sigmas_of(every[0], self.pipe.shift).tolist()
+        self.steps = adjoint.steps_of(self.levels)
+        self.job = self.pipe.job(every[0])
+        self.plan = self.pipe.plan_for(self.job)
+        model = self.pipe.transformer
+        chosen, device = targets(model, JOINT_ATTENTION), self.pipe.device
+        self.lora = Lora(model, chosen, options.rank, options.strength, device, options.seed)
+        self.optimizer = torch.optim.Adam(self.lora.parameters(), lr=options.rate, betas=_BETAS)
+        self.iteration, self.at_once = 0, self.plan.batch
+        if state is not None:
+            self.lora.load(state["lora"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.iteration, self.at_once = state["iteration"], state["at_once"]
+        self.saved = self.iteration
+        self.log = Log(files.log, [] if state is None else state["lines"])
+
+    def _told(self, lessons: Sequence[Settings], weights: str) -> dict[str, Any]:
+        """What makes the run what it is; files by what is in them."""
+        options, first = self.options, lessons[0]
+        apart = {*marked(FocusTuning, Mark.NOT_SEEN), *marked(FocusTuning, Mark.PATH), "weights"}
+        told = {f.name: getattr(options, f.name) for f in fields(options) if f.name not in apart}
+        told |= {name: getattr(first, name) for name in ("width", "height", "steps", "t5_length", "dtype")}
+        lines = json.dumps([(s.prompt, s.focus) for s in lessons])
+        return {**told, "weights": weights, "prompts": hashlib.sha256(lines.encode()).hexdigest()}
+
+    # ---- the run ---------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """To the last iteration; what is done is saved where it is interrupted."""
+        options = self.options
+        try:
+            if options.watch_every and not self.log.lines:
+                self.watch()
+            with tqdm(total=options.iterations, initial=self.iteration, desc="train", disable=None) as bar:
+                while self.iteration < options.iterations:
+                    line = self.update()
+                    bar.set_postfix({name: f"{line[name]:.4g}" for name in ("loss", "cost")})
+                    bar.update()
+                    last = self.iteration == options.iterations
+                    if options.watch_every and (last or self.iteration % options.watch_every == 0):
+                        self.watch()
+                    if last or self.iteration % options.save_every == 0:
+                        self.save()
+        except KeyboardInterrupt:
+            if self.iteration > self.saved:
+                self.save()
+            raise
+        finally:
+            self.pipe.let_go()
+        if self.saved == 0 or not self.files.out.exists():
+            self.save()
+        give(self.files.out)
+
+    def update(self) -> dict[str, Any]:
+        """One iteration; returns its line of the log."""
+        start, pipe, i = time.perf_counter(), self.pipe, self.iteration
+        lesson = self.lessons[picked(len(self.lessons), self.options.seed, i)]
+        self._follow()
+        with pipe.turn:
+            found = pipe.stage("denoise", self.job, {}, partial(self.gradients, lesson, i))
+        length = torch.stack([p.grad.norm() for p in self.lora.parameters() if p.grad is not None]).norm()
+        if not torch.isfinite(length):
+            raise pipe.not_finite(f"the gradient of iteration {i + 1}")
+        line = {"iteration": i + 1, "prompt": lesson.settings.prompt, **found, "gradient": float(length)}
+        with undivided():
+            self.optimizer.step()
+            self.iteration += 1
+            self.log({**line, "seconds": round(time.perf_counter() - start, 3)})
+        return line
+
+    def save(self) -> None:
+        """The adapter, and with it the run."""
+        with undivided():
+            metadata = {"mmdit.finetune": json.dumps({**self.told, "iterations": self.iteration, "version": engine()})}
+            save_dump(partial(self.lora.write, metadata=metadata), self.files.out)
+            state = {"lora": self.lora.state(), "optimizer": self.optimizer.state_dict(), "told": self.told}
+            own = {"iteration": self.iteration, "at_once": self.at_once, "lines": self.log.lines}
+            save(self.files.run, {**state, **own})
+            self.saved = self.iteration
+
+    def _follow(self) -> None:
+        """Have on the device what the plan says: pictures are drawn by others in between."""
+        with self.pipe.turn:
+            if self.pipe.plan is not self.plan:
+                self.pipe.follow(self.plan, self.job)
+
+    # ---- an iteration ----------------------------------------------------------------------------
+
+    def gradients(self, lesson: Lesson, i: int) -> dict[str, Any]:
+        """Leave the gradients of the loss in the adapters; returns what the iteration found."""
+        options, steps, count = self.options, self.steps, self.options.trajectories
+        self.optimizer.zero_grad()
+        chosen = torch.randperm(len(steps) - 1, generator=seeded(options.seed, "steps", i))[: options.at_steps]
+        order = sorted(chosen.tolist())
+        prepared, parts = self._prepared(lesson), list[Tensor]()
+        loss = 0.0
+        for first in range(0, count, self._most()):
+            own = range(first, min(first + self._most(), count))
+            sources = [seeded(options.seed, "noise", i, b) for b in own]
+            look = Looking(self, lesson, prepared, len(own))
+            noise = partial(self._noise, lesson, sources)
+            way = adjoint.drawn(steps, noise(), look.slopes, noise)
+            parts.append(way.costs)
+            with self.lora.off():
+                pulled = adjoint.adjoints(steps, way, partial(self._pull, prepared), options.scale)
+            rows = [(k, way.points[k][b], pulled[k][b]) for k in order for b in range(len(own))]
+            for begin in range(0, len(rows), self._most()):
+                some = rows[begin : begin + self._most()]
+                part = self._mismatch(prepared, some) / (len(order) * count)
+                loss += part
+        costs = torch.cat(parts, dim=1)  # (K, B)
+        heights = torch.tensor([step.height for step in steps], device=costs.device)
+        ends = {"first": float(costs[0].mean()), "last": float(costs[-1].mean())}
+        return {"loss": loss, "cost": float((heights @ costs).mean()), **ends}
+
+    def _most(self) -> int:
+        """Rows of a batch: as when the run began, or as many as there is room for after memory ran out."""
+        return min(self.at_once, self.pipe.plan.batch)
+
+    def _noise(self, lesson: Lesson, sources: Sequence[torch.Generator]) -> Tensor:
+        """Of each source, `(B, C, h, w)`."""
+        s, cell = lesson.settings, self.pipe.vae.config.downscale
+        assert s.width and s.height
+        shape = (self.pipe.transformer.config.in_channels, s.height // cell, s.width // cell)
+        return torch.stack([torch.randn(shape, generator=source) for source in sources]).to(self.pipe.device)
+
+    @torch.no_grad()
+    def _prepared(self, lesson: Lesson) -> Prepared:
+        return self.pipe.prepare([lesson.text], self.levels[:-1])
+
+    def _velocity(self, prepared: Prepared, x: Tensor, levels: Sequence[float]) -> Tensor:
+        """dX/dt, which is minus what the network predicts, of latents at these noise levels."""
+        rows = [Row(prepared, level, 0) for level in levels]
+        return -self.pipe.predict(x, rows, self.options.attention)
+
+    def _pull(self, prepared: Prepared, k: int, x: Tensor, a: Tensor) -> Tensor:
+        """(dv/dX)^T a at step k."""
+        with torch.enable_grad(), checkpointed(self.pipe.transformer):
+            leaf = x.detach().requires_grad_()
+            velocity = self._velocity(prepared, leaf, [self.levels[k]] * len(x))
+            return torch.autograd.grad(velocity, leaf, a)[0].float()
+
+    def _mismatch(self, prepared: Prepared, rows: Sequence[tuple[int, Tensor, Tensor]]) -> float:
+        """Add the gradients of the loss at some points, each with its step and adjoint; returns the sum of the loss.
+
+        Both velocities are computed with a graph to the latents, so by the same kernels: nothing but the adapters tells
+        them apart.
+        """
+        x, levels = torch.stack([x for _, x, _ in rows]), [self.levels[k] for k, _, _ in rows]
+        with torch.enable_grad(), checkpointed(self.pipe.transformer):
+            with self.lora.off():
+                base = self._velocity(prepared, x.detach().requires_grad_(), levels).detach()
+            learning = self._velocity(prepared, x.detach().requires_grad_(), levels)
+            each = [
+                adjoint.mismatch(self.steps[k], learning[r], base[r], a).mean() for r, (k, _, a) in enumerate(rows)
+            ]
+            total = torch.stack(each).sum()
+            (total / (self._learned() * self.options.trajectories)).backward()
+        return float(total.detach())
+
+    def _learned(self) -> int:
+        """Steps of a trajectory that the loss is taken at."""
+        return min(self.options.at_steps, len(self.steps) - 1)
+
+    # ---- watching --------------------------------------------------------------------------------
+
+    def watch(self) -> None:
+        """A line of the log with what held-out prompts cost, with and without the adapter; and a picture of each."""
+        self._follow()
+        with self.pipe.turn, torch.no_grad():
+            cost = sum(self._watched(n, lesson) for n, lesson in enumerate(self.held)) / len(self.held)
+            base = next((line["held_out_base"] for line in self.log.lines if "held_out_base" in line), None)
+            if base is None:
+                with self.lora.off():
+                    base = sum(self._watched(n, lesson) for n, lesson in enumerate(self.held)) / len(self.held)
+        for n, lesson in enumerate(self.held[:_WATCHED]):
+            s = lesson.settings
+            (image,) = self.pipe(s.prompt, seed=self.options.seed, width=s.width, height=s.height)
+            path = self.files.pictures / f"{self.iteration:06d}-{n + 1}.png"
+            save_dump(partial(image.save, format="PNG"), path)
+        self.log({"iteration": self.iteration, "held_out": cost, "held_out_base": base})
+        say(f"after {self.iteration}: cost {cost:.4f} on held-out prompts, {base:.4f} without the adapter")
+
+    def _watched(self, n: int, lesson: Lesson) -> float:
+        """What pictures of a prompt cost on their way, without guidance and noise on it: the mean over time."""
+        prepared, found = self._prepared(lesson), list[float]()
+        for first in range(0, self.options.trajectories, self._most()):
+            own = range(first, min(first + self._most(), self.options.trajectories))
+            look = Looking(self, lesson, prepared, len(own))
+            x = self._noise(lesson, [seeded(self.options.seed, "held out", n, b) for b in own])
+            total = torch.zeros(len(own), device=x.device)
+            for k, step in enumerate(self.steps):
+                velocity, costs = look.costs(k, x)
+                total += step.height * costs
+                x = x + step.height * velocity
+            found += total.tolist()
+        return sum(found) / len(found)
+
+
+class Looking:
+    """What a run sees of trajectories on their way; their costs may remember the step before."""
+
+    def __init__(self, run: Focus, lesson: Lesson, prepared: Prepared, count: int) -> None:
+        places = iter(range(sum(map(len, lesson.groups))))
+        groups = tuple(tuple(next(places) for _ in group) for group in lesson.groups)
+        self._run, self._prepared = run, prepared
+        self._tokens = tuple(column for group in lesson.groups for column in group)
+        self._costs = [COSTS[run.options.focus_loss](groups)] * count
+
+    def slopes(self, k: int, x: Tensor) -> adjoint.Seen:
+        """Velocity, costs and their gradients where step k begins."""
+        velocity, seen = self._look(k, x, [Look(self._tokens, cost) for cost in self._costs])
+        costs, slopes = zip(*((one.cost, one.gradient) for one in seen))
+        return adjoint.Seen(velocity, torch.stack(costs), torch.cat(slopes))
+
+    def costs(self, k: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Velocity and costs alone."""
+        now = self._costs
+        velocity, seen = self._look(k, x, [Look(self._tokens)] * len(x))
+        return velocity, torch.stack([cost(one.maps) for cost, one in zip(now, seen)])
+
+    def _look(self, k: int, x: Tensor, looks: Sequence[Look]) -> tuple[Tensor, list[Any]]:
+        rows = [Row(self._prepared, self._run.levels[k], 0, None, look) for look in looks]
+        velocity, seen = self._run.pipe.look(x, rows, self._run.options.attention)
+        self._costs = [cost.next(one.maps) for cost, one in zip(self._costs, seen) if one is not None]
+        return -velocity, list(seen)
