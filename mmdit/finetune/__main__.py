@@ -15,12 +15,15 @@ KINDS = {"focus": (FocusTuning, "mmdit.finetune.focus", "keep the subjects of pr
 
 def make_parser() -> Parser:
     parser = Parser(
-        prog="python -m mmdit.finetune", description="Train a LoRA adapter for --lora and diffusers.", allow_abbrev=False
+        prog="python -m mmdit.finetune",
+        description="Train a LoRA adapter for --lora and diffusers.",
+        allow_abbrev=False,
     )
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
     for name, (options, _, what) in KINDS.items():
-        add_options(kinds.add_parser(name, help=what, description=f"Train a LoRA adapter: {what}.", allow_abbrev=False,
-                                     usage=f"python -m mmdit.finetune {name} --prompts FILE --out FILE [options]"), options)  # fmt: skip
+        usage = f"python -m mmdit.finetune {name} --prompts FILE --out FILE [options]"
+        told = f"Train a LoRA adapter: {what}."
+        add_options(kinds.add_parser(name, help=what, usage=usage, description=told, allow_abbrev=False), options)
     return parser
 
 

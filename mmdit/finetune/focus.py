@@ -7,11 +7,10 @@ mix, and moves the velocity towards the adjoint. Both networks of the method are
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,6 +36,8 @@ from mmdit.maps import Look, checkpointed
 from mmdit.prepared import Prepared, Row
 from samplers.focus import COSTS
 from text_encoders import Conditioning
+
+T = TypeVar("T")
 
 _BETAS = (0.95, 0.999)  # of Adam, as FOCUS's authors have them
 _WATCHED = 4  # of the prompts, where none are held out
@@ -144,17 +145,16 @@ class Focus:
         """To the last iteration; what is done is saved where it is interrupted."""
         options = self.options
         try:
-            if options.watch_every and not self.log.lines:
-                self.watch()
             with tqdm(total=options.iterations, initial=self.iteration, desc="train", disable=None) as bar:
-                while self.iteration < options.iterations:
+                while True:
+                    if self._watching():
+                        self.watch()
+                    if self.iteration >= options.iterations:
+                        break
                     line = self.update()
                     bar.set_postfix({name: f"{line[name]:.4g}" for name in ("loss", "cost")})
                     bar.update()
-                    last = self.iteration == options.iterations
-                    if options.watch_every and (last or self.iteration % options.watch_every == 0):
-                        self.watch()
-                    if last or self.iteration % options.save_every == 0:
+                    if self.iteration % options.save_every == 0:
                         self.save()
         except KeyboardInterrupt:
             if self.iteration > self.saved:
@@ -162,20 +162,25 @@ class Focus:
             raise
         finally:
             self.pipe.let_go()
-        if self.saved == 0 or not self.files.out.exists():
+        if self.iteration > self.saved or not self.files.out.exists():
             self.save()
         give(self.files.out)
 
+    def _watching(self) -> bool:
+        """Whether it is time to look at the held-out prompts, and that was not done yet."""
+        every, now = self.options.watch_every, self.iteration
+        if not every or (now % every and now < self.options.iterations):
+            return False
+        return not any(line["iteration"] == now and "held_out" in line for line in self.log.lines)
+
     def update(self) -> dict[str, Any]:
         """One iteration; returns its line of the log."""
-        start, pipe, i = time.perf_counter(), self.pipe, self.iteration
+        start, i = time.perf_counter(), self.iteration
         lesson = self.lessons[picked(len(self.lessons), self.options.seed, i)]
-        self._follow()
-        with pipe.turn:
-            found = pipe.stage("denoise", self.job, {}, partial(self.gradients, lesson, i))
+        found = self._staged(partial(self.gradients, lesson, i))
         length = torch.stack([p.grad.norm() for p in self.lora.parameters() if p.grad is not None]).norm()
         if not torch.isfinite(length):
-            raise pipe.not_finite(f"the gradient of iteration {i + 1}")
+            raise self.pipe.not_finite(f"the gradient of iteration {i + 1}")
         line = {"iteration": i + 1, "prompt": lesson.settings.prompt, **found, "gradient": float(length)}
         with undivided():
             self.optimizer.step()
@@ -193,40 +198,38 @@ class Focus:
             save(self.files.run, {**state, **own})
             self.saved = self.iteration
 
-    def _follow(self) -> None:
-        """Have on the device what the plan says: pictures are drawn by others in between."""
-        with self.pipe.turn:
-            if self.pipe.plan is not self.plan:
-                self.pipe.follow(self.plan, self.job)
+    def _staged(self, work: Callable[[], T]) -> T:
+        """What `work` gives, done by the run's plan, or by the next smaller one where memory runs out."""
+        pipe = self.pipe
+        with pipe.turn:
+            if pipe.plan is not self.plan:  # pictures were drawn meanwhile
+                pipe.follow(self.plan, self.job)
+            found = pipe.stage("denoise", self.job, {}, work)
+            self.plan = pipe.ended_with
+        return found
 
     # ---- an iteration ----------------------------------------------------------------------------
 
     def gradients(self, lesson: Lesson, i: int) -> dict[str, Any]:
         """Leave the gradients of the loss in the adapters; returns what the iteration found."""
-        options, steps, count = self.options, self.steps, self.options.trajectories
+        options, steps, count, most = self.options, self.steps, self.options.trajectories, self._most()
         self.optimizer.zero_grad()
         chosen = torch.randperm(len(steps) - 1, generator=seeded(options.seed, "steps", i))[: options.at_steps]
         order = sorted(chosen.tolist())
-        prepared, parts = self._prepared(lesson), list[Tensor]()
-        loss = 0.0
-        for first in range(0, count, self._most()):
-            own = range(first, min(first + self._most(), count))
+        prepared, costs, loss = self._prepared(lesson), list[Tensor](), 0.0
+        for own in parted(range(count), most):
             sources = [seeded(options.seed, "noise", i, b) for b in own]
-            look = Looking(self, lesson, prepared, len(own))
-            noise = partial(self._noise, lesson, sources)
+            look, noise = Looking(self, lesson, prepared, len(own)), partial(self._noise, lesson, sources)
             way = adjoint.drawn(steps, noise(), look.slopes, noise)
-            parts.append(way.costs)
+            costs.append(way.costs)
             with self.lora.off():
                 pulled = adjoint.adjoints(steps, way, partial(self._pull, prepared), options.scale)
-            rows = [(k, way.points[k][b], pulled[k][b]) for k in order for b in range(len(own))]
-            for begin in range(0, len(rows), self._most()):
-                some = rows[begin : begin + self._most()]
-                part = self._mismatch(prepared, some) / (len(order) * count)
-                loss += part
-        costs = torch.cat(parts, dim=1)  # (K, B)
-        heights = torch.tensor([step.height for step in steps], device=costs.device)
-        ends = {"first": float(costs[0].mean()), "last": float(costs[-1].mean())}
-        return {"loss": loss, "cost": float((heights @ costs).mean()), **ends}
+            points = [(k, way.points[k][b], pulled[k][b]) for k in order for b in range(len(own))]
+            for some in parted(points, most):
+                loss += self._descend(prepared, some, 1 / (len(order) * count))
+        every = torch.cat(costs, dim=1).cpu()  # (K, B)
+        mean = float((torch.tensor([step.height for step in steps]) @ every).mean())
+        return {"loss": loss, "cost": mean, "first": float(every[0].mean()), "last": float(every[-1].mean())}
 
     def _most(self) -> int:
         """Rows of a batch: as when the run began, or as many as there is room for after memory ran out."""
@@ -255,39 +258,32 @@ class Focus:
             velocity = self._velocity(prepared, leaf, [self.levels[k]] * len(x))
             return torch.autograd.grad(velocity, leaf, a)[0].float()
 
-    def _mismatch(self, prepared: Prepared, rows: Sequence[tuple[int, Tensor, Tensor]]) -> float:
-        """Add the gradients of the loss at some points, each with its step and adjoint; returns the sum of the loss.
+    def _descend(self, prepared: Prepared, points: Sequence[tuple[int, Tensor, Tensor]], share: float) -> float:
+        """Add the gradients of the loss at some points, each with its step and adjoint; returns that part of it.
 
-        Both velocities are computed with a graph to the latents, so by the same kernels: nothing but the adapters tells
-        them apart.
+        share: of a point in the whole. Both velocities are computed with a graph to the latents, so by the same
+        kernels: nothing but the adapters tells them apart.
         """
-        x, levels = torch.stack([x for _, x, _ in rows]), [self.levels[k] for k, _, _ in rows]
+        x, levels = torch.stack([x for _, x, _ in points]), [self.levels[k] for k, _, _ in points]
         with torch.enable_grad(), checkpointed(self.pipe.transformer):
             with self.lora.off():
                 base = self._velocity(prepared, x.detach().requires_grad_(), levels).detach()
             learning = self._velocity(prepared, x.detach().requires_grad_(), levels)
-            each = [
-                adjoint.mismatch(self.steps[k], learning[r], base[r], a).mean() for r, (k, _, a) in enumerate(rows)
-            ]
-            total = torch.stack(each).sum()
-            (total / (self._learned() * self.options.trajectories)).backward()
-        return float(total.detach())
-
-    def _learned(self) -> int:
-        """Steps of a trajectory that the loss is taken at."""
-        return min(self.options.at_steps, len(self.steps) - 1)
+            pairs = zip(points, learning, base)
+            each = [adjoint.mismatch(self.steps[k], one, other, a).mean() for (k, _, a), one, other in pairs]
+            loss = share * torch.stack(each).sum()
+            loss.backward()
+        return float(loss.detach())
 
     # ---- watching --------------------------------------------------------------------------------
 
     def watch(self) -> None:
         """A line of the log with what held-out prompts cost, with and without the adapter; and a picture of each."""
-        self._follow()
-        with self.pipe.turn, torch.no_grad():
-            cost = sum(self._watched(n, lesson) for n, lesson in enumerate(self.held)) / len(self.held)
-            base = next((line["held_out_base"] for line in self.log.lines if "held_out_base" in line), None)
-            if base is None:
-                with self.lora.off():
-                    base = sum(self._watched(n, lesson) for n, lesson in enumerate(self.held)) / len(self.held)
+        cost = self._staged(self._watched)
+        base = next((line["held_out_base"] for line in self.log.lines if "held_out_base" in line), None)
+        if base is None:
+            with self.lora.off():
+                base = self._staged(self._watched)
         for n, lesson in enumerate(self.held[:_WATCHED]):
             s = lesson.settings
             (image,) = self.pipe(s.prompt, seed=self.options.seed, width=s.width, height=s.height)
@@ -296,20 +292,28 @@ class Focus:
         self.log({"iteration": self.iteration, "held_out": cost, "held_out_base": base})
         say(f"after {self.iteration}: cost {cost:.4f} on held-out prompts, {base:.4f} without the adapter")
 
-    def _watched(self, n: int, lesson: Lesson) -> float:
-        """What pictures of a prompt cost on their way, without guidance and noise on it: the mean over time."""
-        prepared, found = self._prepared(lesson), list[float]()
-        for first in range(0, self.options.trajectories, self._most()):
-            own = range(first, min(first + self._most(), self.options.trajectories))
-            look = Looking(self, lesson, prepared, len(own))
-            x = self._noise(lesson, [seeded(self.options.seed, "held out", n, b) for b in own])
-            total = torch.zeros(len(own), device=x.device)
-            for k, step in enumerate(self.steps):
-                velocity, costs = look.costs(k, x)
-                total += step.height * costs
-                x = x + step.height * velocity
-            found += total.tolist()
+    @torch.no_grad()
+    def _watched(self) -> float:
+        """What pictures of held-out prompts cost on their way, without guidance and noise on it: the mean over time."""
+        found = list[float]()
+        for n, lesson in enumerate(self.held):
+            prepared = self._prepared(lesson)
+            for own in parted(range(self.options.trajectories), self._most()):
+                look = Looking(self, lesson, prepared, len(own))
+                x = self._noise(lesson, [seeded(self.options.seed, "held out", n, b) for b in own])
+                total = torch.zeros(len(own), device=x.device)
+                for k, step in enumerate(self.steps):
+                    velocity, costs = look.costs(k, x)
+                    total += step.height * costs
+                    x = x + step.height * velocity
+                found += total.tolist()
         return sum(found) / len(found)
+
+
+def parted(items: Sequence[T], most: int) -> Iterator[Sequence[T]]:
+    """So many of them at a time."""
+    for first in range(0, len(items), most):
+        yield items[first : first + most]
 
 
 class Looking:

@@ -21,12 +21,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mmdit.common.errors import SettingsError
 from mmdit.finetune.state import seeded
 from weights.keymap import TRANSFORMER, to_diffusers
+from weights.write import Item, write_safetensors
 
 JOINT_ATTENTION = r"joint_blocks\.\d+\.(x|context)_block\.attn\.(qkv|proj)"  # all of both streams; no attn2
 
@@ -61,10 +61,10 @@ class Lora:
         targets: Sequence[Target],
         rank: int,
         strength: float = 1.0,
-        device: torch.device = torch.device("cpu"),
+        device: torch.device | None = None,
         seed: int = 0,
     ) -> None:
-        """strength: s above, alpha / rank. device: where the model computes. A as Kaiming, B zero, as in PEFT."""
+        """strength: s above, alpha / rank. device: where the model computes, a CPU if not said. A as Kaiming, B zero, as in PEFT."""
         self.strength, self.on = strength, True
         self.matrices: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}  # A (rank, in) and B (out, rank), by part
         self._handles = []
@@ -105,7 +105,9 @@ class Lora:
 
     def state(self) -> dict[str, Tensor]:
         """The matrices as they are, by diffusers' names, to go on from."""
-        return {f"{part}.lora_{kind}": m.detach() for part, pair in self.matrices.items() for kind, m in zip("AB", pair)}
+        return {
+            f"{part}.lora_{kind}": m.detach() for part, pair in self.matrices.items() for kind, m in zip("AB", pair)
+        }
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
@@ -119,6 +121,7 @@ class Lora:
         """The file that others read: diffusers' names, float32, no alpha, since B has the strength in it."""
         tensors: dict[str, Tensor] = {}
         for part, (a, b) in self.matrices.items():
-            tensors[f"transformer.{part}.lora_A.weight"] = a.detach().cpu().contiguous()
-            tensors[f"transformer.{part}.lora_B.weight"] = (self.strength * b.detach()).cpu().contiguous()
-        save_file(tensors, path, {"format": "pt", **metadata})
+            tensors[f"transformer.{part}.lora_A.weight"] = a.detach().cpu()
+            tensors[f"transformer.{part}.lora_B.weight"] = self.strength * b.detach().cpu()
+        items = [Item(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+        write_safetensors(path, items, tensors.values(), metadata)

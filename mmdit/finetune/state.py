@@ -88,7 +88,9 @@ def read(path: Path, told: dict[str, Any]) -> dict[str, Any] | None:
         state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
         begun: dict[str, Any] = state["told"]
     except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
-        raise SettingsError(f"{path}: is no saved run, or a damaged one: move it away, or give --out a new name") from None
+        raise SettingsError(
+            f"{path}: is no saved run, or a damaged one: move it away, or give --out a new name"
+        ) from None
     for name, value in told.items():
         if begun.get(name) != value:
             raise SettingsError(
