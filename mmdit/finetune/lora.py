@@ -64,7 +64,10 @@ class Lora:
         device: torch.device | None = None,
         seed: int = 0,
     ) -> None:
-        """strength: s above, alpha / rank. device: where the model computes, a CPU if not said. A as Kaiming, B zero, as in PEFT."""
+        """strength: s above, alpha / rank. device: where the model computes, the CPU if not said.
+
+        A is drawn as Kaiming has it, B is zero, as in PEFT.
+        """
         self.strength, self.on = strength, True
         self.matrices: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}  # A (rank, in) and B (out, rank), by part
         self._handles = []
@@ -75,7 +78,7 @@ class Lora:
                 a = torch.rand(rank, layer.in_features, generator=seeded(seed, part))
                 a = (2 * a - 1) / math.sqrt(layer.in_features)
                 b = torch.zeros(rows, rank)
-                self.matrices[part] = (nn.Parameter(a.to(device)), nn.Parameter(b.to(device)))
+                self.matrices[part] = (nn.Parameter(a.to(device=device)), nn.Parameter(b.to(device=device)))
             own = [self.matrices[part] for part in target.parts]
             self._handles.append(layer.register_forward_hook(lambda _, given, out, own=own: self._add(own, given, out)))
 
