@@ -53,7 +53,7 @@ def steps_of(sigmas: Sequence[float]) -> list[Step]:
     equation does to a flow whose predicted picture stays as it is (the ancestral step of Ho et al. 2020, arXiv
     2006.11239); thereafter Euler's, with t + h in the place of t below the fraction lines. For data from
     N(0, 0.775^2), whose velocity is known, in 28 steps with shift 3, the deviation relative to the exact one: after
-    steps 1 and 2, at the end, the largest and the least (`tests/test_finetune.py`):
+    steps 1 and 2, at the end, the largest and the least (`tests/test_adjoint.py`):
 
         Euler, with t + 0.001, as released     12.86  1.42   0.98   12.86  0.98
         Euler, with t + h                       1.43  1.23   0.99    1.43  0.99

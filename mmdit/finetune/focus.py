@@ -40,6 +40,7 @@ from text_encoders import Conditioning
 T = TypeVar("T")
 
 _BETAS = (0.95, 0.999)  # of Adam, as FOCUS's authors have them
+_LONGEST, _HORIZON = 2.0, 10  # of a gradient, relative to the mean of so many before
 _WATCHED = 4  # of the prompts, where none are held out
 
 
@@ -122,11 +123,11 @@ class Focus:
         chosen, device = targets(model, JOINT_ATTENTION), self.pipe.device
         self.lora = Lora(model, chosen, options.rank, options.strength, device, options.seed)
         self.optimizer = torch.optim.Adam(self.lora.parameters(), lr=options.rate, betas=_BETAS)
-        self.iteration, self.at_once = 0, self.plan.batch
+        self.iteration, self.at_once, self.usual = 0, self.plan.batch, 0.0  # usual: length of a gradient
         if state is not None:
             self.lora.load(state["lora"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.iteration, self.at_once = state["iteration"], state["at_once"]
+            self.iteration, self.at_once, self.usual = state["iteration"], state["at_once"], state["usual"]
         self.saved = self.iteration
         self.log = Log(files.log, [] if state is None else state["lines"])
 
@@ -183,10 +184,23 @@ class Focus:
             raise self.pipe.not_finite(f"the gradient of iteration {i + 1}")
         line = {"iteration": i + 1, "prompt": lesson.settings.prompt, **found, "gradient": float(length)}
         with undivided():
+            self._clip(float(length))
             self.optimizer.step()
             self.iteration += 1
             self.log({**line, "seconds": round(time.perf_counter() - start, 3)})
         return line
+
+    def _clip(self, length: float) -> None:
+        """Shorten a gradient that is more than twice as long as usual: adjoints are a few times as long now and then.
+
+        Adam, whose steps are relative to the squares of a thousand gradients, would hardly move after one of them.
+        """
+        self.usual = self.usual or length
+        most = _LONGEST * self.usual
+        for p in self.lora.parameters() if length > most else ():
+            if p.grad is not None:
+                p.grad *= most / length
+        self.usual += (min(length, most) - self.usual) / _HORIZON
 
     def save(self) -> None:
         """The adapter, and with it the run."""
@@ -194,7 +208,7 @@ class Focus:
             metadata = {"mmdit.finetune": json.dumps({**self.told, "iterations": self.iteration, "version": engine()})}
             save_dump(partial(self.lora.write, metadata=metadata), self.files.out)
             state = {"lora": self.lora.state(), "optimizer": self.optimizer.state_dict(), "told": self.told}
-            own = {"iteration": self.iteration, "at_once": self.at_once, "lines": self.log.lines}
+            own = {"iteration": self.iteration, "at_once": self.at_once, "usual": self.usual, "lines": self.log.lines}
             save(self.files.run, {**state, **own})
             self.saved = self.iteration
 
