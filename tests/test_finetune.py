@@ -25,9 +25,11 @@ from mmdit.finetune import focus
 from mmdit.finetune.__main__ import main
 from mmdit.finetune.lora import JOINT_ATTENTION, Lora, targets
 from mmdit.finetune.options import FocusTuning
-from mmdit.finetune.state import Files, picked, undivided
+from mmdit.finetune.state import Files, picked, seeded, undivided
+from mmdit.maps import Look, recording
 from mmdit.memory.residency import Mode
 from mmdit.model import MMDiT
+from samplers.focus import COSTS
 
 ROOT = Path(__file__).parents[1]
 
@@ -189,6 +191,39 @@ def test_memory_changes_nothing(bench: Bench, folder: Path, loss: str) -> None:
     assert (
         relative_error(torch.cat([p.grad.flatten() for p in run.lora.parameters() if p.grad is not None]), grads) < 1e-4
     )
+
+
+def test_adjoints_are_the_gradient_of_what_is_drawn(
+    bench: Bench, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an adapter at its beginning: by autograd through all steps of the model, called as it is."""
+    run, kept = focus_run(bench, folder, scale=50.0), list[Any]()
+    whole = focus.adjoint.adjoints
+    monkeypatch.setattr(focus.adjoint, "adjoints", lambda *given: kept.append((given[1], whole(*given))) or kept[-1][1])
+    lesson = run.lessons[0]
+    found = run.gradients(lesson, 0)
+    ((way, pulled),) = kept
+    model, text = run.pipe.transformer, lesson.text
+    assert [len(columns) for columns in lesson.groups] == [2, 2]  # of both CLIPs, and of T5
+    look = Look(sum(lesson.groups, ()), COSTS["focus"](((0, 1), (2, 3))))
+    sources = [seeded(0, "noise", 0, b) for b in range(3)]
+    noises = [torch.stack([torch.randn(16, 6, 8, generator=source) for source in sources]) for _ in range(3)]
+    x, points, total = noises[0].requires_grad_(), list[torch.Tensor](), torch.zeros(())
+    for step, xi in zip(run.steps, [*noises[1:], noises[0]]):
+        maps = dict[int, torch.Tensor]()
+        with recording(model, [look] * 3, x, maps):
+            level = torch.full((3,), step.sigma)
+            velocity = -model(x, level, text.context.expand(3, -1, -1), text.pooled.expand(3, -1))
+        rows = torch.stack([maps[i] for i in sorted(maps)], dim=1).movedim(-1, 2)  # (3, blocks, tokens, rows, columns)
+        assert look.cost is not None
+        total = total + 50 * step.height * torch.stack([look.cost(row) for row in rows]).sum()
+        points.append(x)
+        x = step.keep * x + step.gain * velocity + step.noise * xi
+    assert 150 * found["cost"] == pytest.approx(float(total.detach()), rel=1e-5)
+    expected = torch.autograd.grad(total, points)
+    for k in (1, 2):
+        assert relative_error(way.points[k], points[k].detach()) < 1e-5
+        assert relative_error(pulled[k - 1], expected[k]) < 1e-4
 
 
 def test_the_gradients_are_those_of_the_loss(bench: Bench, folder: Path) -> None:
