@@ -105,23 +105,17 @@ class Focus:
                 every.append(parts.check(replace(line.settings, focus_loss=options.focus_loss)))
         self.told = self._told(every[: len(lines)], parts.weights)
         state = read(files.run, self.told)
+        adapted = targets(parts.networks["transformer"].module, JOINT_ATTENTION)
         plain = replace(settings_of(options), cfg=None, count=1)  # pictures to watch it by are drawn as ever
         self.pipe = Pipeline.from_settings(plain, parts)
-        found = [found_in(s, self.pipe.text) for s in every]
-        for line in dict.fromkeys(line for one in found for line in pieces(one)):
-            say(line)
-        groups = [tuple(subject.columns for subject in one[FOCUS]) for one in found]
-        texts = encode(self.pipe, every, 0, {})
-        encoded = [next(texts[text] for text in texts_of(s).values()) for s in every]
-        lessons = [Lesson(*each) for each in zip(every, groups, encoded)]
+        lessons = self._lessons(every)
         self.lessons, self.held = lessons[: len(lines)], lessons[len(lines) :]
         self.levels = sigmas_of(every[0], self.pipe.shift).tolist()
         self.steps = adjoint.steps_of(self.levels)
         self.job = self.pipe.job(every[0])
         self.plan = self.pipe.plan_for(self.job)
-        model = self.pipe.transformer
-        chosen, device = targets(model, JOINT_ATTENTION), self.pipe.device
-        self.lora = Lora(model, chosen, options.rank, options.strength, device, options.seed)
+        transformer, device = self.pipe.transformer, self.pipe.device
+        self.lora = Lora(transformer, adapted, options.rank, options.strength, device, options.seed)
         self.optimizer = torch.optim.Adam(self.lora.parameters(), lr=options.rate, betas=_BETAS)
         self.iteration, self.at_once, self.usual = 0, self.plan.batch, 0.0  # usual: length of a gradient
         if state is not None:
@@ -130,6 +124,16 @@ class Focus:
             self.iteration, self.at_once, self.usual = state["iteration"], state["at_once"], state["usual"]
         self.saved = self.iteration
         self.log = Log(files.log, [] if state is None else state["lines"])
+
+    def _lessons(self, every: Sequence[Settings]) -> list[Lesson]:
+        """With the words of their subjects found, which it says, and their texts encoded."""
+        found = [found_in(s, self.pipe.text) for s in every]
+        for line in dict.fromkeys(line for one in found for line in pieces(one)):
+            say(line)
+        groups = [tuple(subject.columns for subject in one[FOCUS]) for one in found]
+        texts = encode(self.pipe, every, 0, {})
+        encoded = [next(texts[text] for text in texts_of(s).values()) for s in every]
+        return [Lesson(*each) for each in zip(every, groups, encoded)]
 
     def _told(self, lessons: Sequence[Settings], weights: str) -> dict[str, Any]:
         """What makes the run what it is; files by what is in them."""
