@@ -99,7 +99,7 @@ class SubjectOptions:
     )  # fmt: skip
     focus_loss: str = same(FocusOptions, "focus_loss")
     scale: float = option(
-        100.0, "what the cost counts beside how far the adapter leads away", metavar="X", check=between(0, 1e6)
+        1000.0, "what the cost counts beside how far the adapter leads away", metavar="X", check=between(0, 1e6)
     )  # fmt: skip
     trajectories: int = option(
         4, "pictures to be, all of one prompt, in an iteration", metavar="N", check=from_one_to(_MOST_AT_ONCE)
