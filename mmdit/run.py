@@ -11,10 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from mmdit.common.command import Parser, exit_code, give, program, say
+from mmdit.common.command import Parser, add_options, exit_code, give, program, say
 from mmdit.common.errors import SettingsError
 from mmdit.common.files import sweep
-from mmdit.common.options import Mark, kind, marked, of_each, rooms
+from mmdit.common.options import Mark, marked
 from mmdit.driver.likeness import filled
 from mmdit.driver.output import Saver, check_previews, check_writable, is_file, picture_path, preview_path, save_dump
 from mmdit.driver.pictures import check_pictures
@@ -31,23 +31,7 @@ def make_parser(options: type = Settings) -> Parser:
     """An option for every field that is one, under its name; the prompt is the one argument, None if absent."""
     parser = Parser(prog="mmdit", usage="mmdit PROMPT [options], or mmdit --prompts FILE [options]",
                     description="Draw pictures.", allow_abbrev=False)  # fmt: skip
-    for heading, own in rooms(options).items():
-        group = parser.add_argument_group(heading)
-        for f in own:
-            if Mark.FOUND in f.metadata["marks"]:
-                continue
-            name = "prompt" if f.name == "prompt" else "--" + f.name.replace("_", "-")
-            of, told = kind(options, f.name), f.metadata
-            if of is bool:
-                group.add_argument(name, action="store_true", help=told["help"])
-                continue
-            more: dict[str, Any] = {"nargs": "?"} if name == "prompt" else {"default": f.default}
-            if of is tuple:
-                more |= {"action": "append", "default": []}
-            shown = "" if f.default in (None, "", ()) or name == "prompt" else " (default: %(default)s)"
-            shown = shown if told["usual"] is None else " (default: the model's own)"
-            more |= {key: told[key] for key in ("metavar", "choices") if told[key]}
-            group.add_argument(name, type=of_each(options, f.name), help=told["help"] + shown, **more)
+    add_options(parser, options)
     return parser
 
 

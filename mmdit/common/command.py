@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from tqdm import tqdm
 
 from mmdit.common.errors import UserError, one_line
+from mmdit.common.options import Mark, kind, of_each, rooms
 
 MISTAKE, INTERRUPTED, CLOSED_PIPE = 2, 130, 141  # exit codes; the last two as shells have them for these signals
 
@@ -26,6 +27,32 @@ class Parser(argparse.ArgumentParser):
         """What argparse does, but for errors of the output, which it passes over."""
         with standard_output():
             (file or sys.stderr).write(message or "")
+
+
+def add_options(parser: argparse.ArgumentParser, options: type) -> None:
+    """An option for every field that is one, under its name; a prompt is the one argument, None if absent."""
+    for heading, own in rooms(options).items():
+        group = parser.add_argument_group(heading)
+        for f in own:
+            if Mark.FOUND in f.metadata["marks"]:
+                continue
+            name = "prompt" if f.name == "prompt" else "--" + f.name.replace("_", "-")
+            of, told = kind(options, f.name), f.metadata
+            if of is bool:
+                group.add_argument(name, action="store_true", help=told["help"])
+                continue
+            more: dict[str, Any] = {"nargs": "?"} if name == "prompt" else {"default": f.default}
+            if of is tuple:
+                more |= {"action": "append", "default": []}
+            shown = "" if f.default in (None, "", ()) or name == "prompt" else " (default: %(default)s)"
+            shown = shown if told["usual"] is None else " (default: the model's own)"
+            more |= {key: told[key] for key in ("metavar", "choices") if told[key]}
+            group.add_argument(name, type=of_each(options, f.name), help=told["help"] + shown, **more)
+
+
+def given_of(options: type, given: dict[str, Any]) -> dict[str, Any]:
+    """What the options of a command line were given, as the fields of `options` take it."""
+    return {name: tuple(value) if kind(options, name) is tuple else value for name, value in given.items()}
 
 
 def say(text: str) -> None:

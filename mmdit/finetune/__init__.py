@@ -1,0 +1,1 @@
+"""Fine-tuning: adapters trained beside the frozen weights of a built transformer. `python -m mmdit.finetune`."""
