@@ -14,6 +14,7 @@ from reference import relative_error
 from torch import Tensor
 from toys import toy_folder
 
+from mmdit.common.errors import SettingsError
 from mmdit.driver.pipeline import Pipeline
 from mmdit.run import main
 
@@ -213,6 +214,22 @@ def test_maps_and_what_steps_saw(pipeline: Pipeline) -> None:
             expected = captured["words"][step, block][0].mean(dim=(0, 2)).reshape(4, 6)  # of (H, N, words)
             assert relative_error(found.maps["a bear"][step, block], expected) <= 1e-5
     assert found.sheet().size[1] > 2 * 96
+
+
+def test_what_a_place_attends_to(pipeline: Pipeline) -> None:
+    """Its words are what their maps have there; all of it adds up to one."""
+    found = pipeline.attention_at(PROMPT, 50, 20, seed=3)
+    total = found.text.sum(1) + found.picture.sum((1, 2))
+    assert torch.allclose(total, torch.ones_like(total), atol=1e-5)
+    (maps,) = pipeline.attention_maps(PROMPT, "bear", seed=3)
+    (bear,) = pipeline.found(PROMPT, "bear")
+    expected = maps.maps["bear"][:, :, 1, 3].mean(1)  # at each step; 16 pixels are a place
+    assert relative_error(found.text[:, list(bear.columns)].mean(1), expected) <= 1e-5
+    assert {*found.words} == {"clip_l", "clip_g", "t5"}
+    at = found.words["clip_l"][[piece for piece, _ in found.words["clip_l"]].index(bear.pieces["clip_l"][0])]
+    assert at[1] == pytest.approx(float(found.text[:, bear.columns[0]].mean()))
+    with pytest.raises(SettingsError, match="attention_at: 96, 0 is not in the picture of 96x64"):
+        pipeline.attention_at(PROMPT, 96, 0)
 
 
 # ---- memory ------------------------------------------------------------------------------------------

@@ -27,6 +27,16 @@ class AttentionMaps:
         return sheet(self.image, {name: [step.mean(0) for step in steps] for name, steps in self.maps.items()})
 
 
+@dataclass
+class Place:
+    """What one place of a picture attended to: the means of all blocks and heads, whose sum is 1 at each step."""
+
+    image: Image.Image
+    words: dict[str, list[tuple[str, float]]]  # by encoder, its tokens: the text of each, and the mean of all steps
+    text: Tensor  # (steps, tokens of the text), padding and all; both CLIPs have the same
+    picture: Tensor  # (steps, rows, columns)
+
+
 class Attention(Watcher):
     """Keeps what steps attended to, until the picture is drawn; `done` has it then, by the picture's index."""
 

@@ -12,7 +12,8 @@ from mmdit.driver.settings import Settings
 from mmdit.maps import Look
 from samplers import PROMPT
 from samplers.focus import COSTS, GAINS, Attended, Controller
-from text_encoders import EncodesText
+from text_encoders import EncodesText, TextEncoder
+from text_encoders.conditioning import as_prompt
 from text_encoders.subjects import Found, apart, find, subjects_of
 
 FOCUS, MAPS = "focus", "attention_maps"
@@ -44,6 +45,20 @@ def found_in(s: Settings, reader: EncodesText) -> dict[str, list[Found]]:
         if named is not None:
             found[option] = find(reader, prompt, subjects_of(named, option), length, chunks, option)
     apart(found.get(FOCUS, ()), FOCUS)
+    return found
+
+
+def tokens_of(s: Settings, reader: EncodesText) -> dict[str, list[tuple[str, int]]]:
+    """The prompt's tokens by encoder: the text of each, and its place in the context; none where it is cut off."""
+    if not isinstance(reader, TextEncoder):
+        return {}
+    (length, chunks), prompt = lengths_of(s), as_prompt(texts_of(s)[PROMPT].prompt)
+    found: dict[str, list[tuple[str, int]]] = {}
+    for encoder in [*reader.clips, *(["t5"] if reader.t5_mode == "on" else [])]:
+        (read,) = reader.read(encoder, [prompt])
+        places = [reader.column(encoder, i, length, chunks) for i in range(len(read.spans))]
+        pieces = [read.text[first:last].strip() for first, last in read.spans]
+        found[encoder] = [(piece, place) for piece, place in zip(pieces, places) if place is not None]
     return found
 
 

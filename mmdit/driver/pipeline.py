@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -22,8 +23,8 @@ from mmdit import inside
 from mmdit.common.errors import SettingsError
 from mmdit.common.options import Mark, marked
 from mmdit.common.paths import split_scale
-from mmdit.driver.attention import Attention, AttentionMaps
-from mmdit.driver.focusing import MAPS, found_in
+from mmdit.driver.attention import Attention, AttentionMaps, Place
+from mmdit.driver.focusing import MAPS, found_in, tokens_of
 from mmdit.driver.loading import Parts, load_parts
 from mmdit.driver.loop import Drawing
 from mmdit.driver.options import OF_THE_COMMAND
@@ -209,6 +210,35 @@ class Pipeline(Stages):
         seen = Attention()
         self.run(self.asked({"prompt": prompt, **keywords, "attention_maps": subjects}), watchers=[seen])
         return [seen.done[i] for i in sorted(seen.done)]
+
+    def attention_at(self, prompt: str, x: int, y: int, **keywords: Any) -> Place:
+        """Draw one picture, and keep what the place at these pixels attends to: words, and the rest of the picture.
+
+        keywords: those of a call, but for count and focus. A solver that asks twice a step has two steps here for each.
+        Raises one of USER_ERRORS.
+        """
+        s = replace(self.check(self.asked({"prompt": prompt, **keywords})), count=1)
+        assert s.width and s.height
+        if s.focus is not None:
+            raise SettingsError("attention_at: focus is given: expected a picture without it")
+        if not (0 <= x < s.width and 0 <= y < s.height):
+            raise SettingsError(f"attention_at: {x}, {y} is not in the picture of {s.width}x{s.height}")
+        side = self.transformer.config.patch_size * self.vae.config.downscale
+        rows, columns = s.height // side, s.width // side
+        with self.capture(("attention",), patches=[y // side * columns + x // side]) as seen:
+            image = self.run(s).images[0]
+        steps = max(step for step, _ in seen["patches"]) + 1
+        depth = self.transformer.config.depth
+        shares = [
+            torch.stack([seen["patches"][i, block][0].mean((0, 1)) for block in range(depth)]) for i in range(steps)
+        ]
+        every = torch.stack(shares).mean(1)  # (steps, M + N)
+        text, picture = every.split([every.shape[1] - rows * columns, rows * columns], dim=1)
+        words = {
+            encoder: [(piece, float(text[:, column].mean())) for piece, column in places]
+            for encoder, places in tokens_of(s, self.text).items()
+        }
+        return Place(image, words, text, picture.unflatten(1, (rows, columns)))
 
     @cached_property
     def preview(self) -> Glance:
