@@ -15,7 +15,9 @@ from test_samplers import midpoint
 from toys import toy_folder
 
 from mmdit.driver import texts as encoding
-from mmdit.driver.loop import OWN, Canvas, Drawing, Picture, kind
+from mmdit.driver.canvas import Canvas, Picture
+from mmdit.driver.focusing import Focusing
+from mmdit.driver.loop import OWN, Drawing, kind
 from mmdit.driver.pipeline import Pipeline
 from mmdit.driver.sampling import guidance_of
 from mmdit.driver.settings import Settings, alone
@@ -195,7 +197,16 @@ def pictures_of(pipeline: Pipeline, rows: list[dict[str, Any]]) -> tuple[list[Pi
         assert s.width and s.height and s.steps
         noise, sigmas = pipeline.noise(s.width, s.height, [s.seed]), shifted_sigmas(s.steps, pipeline.shift)
         made.append(
-            Picture(i, s, noise, sigmas, lambda *_: None, partial(guidance_of, s, 3.0), lambda: torch.randn_like)
+            Picture(
+                i,
+                s,
+                noise,
+                sigmas,
+                lambda *_: None,
+                partial(guidance_of, s, 3.0),
+                Focusing(s, pipeline.text, 3.0),
+                lambda: torch.randn_like,
+            )
         )
     return made, Canvas(pipeline, texts)
 
@@ -309,3 +320,60 @@ def test_levels_between_the_steps_are_prepared_with_the_others(
             half = (sigma + sigma_next) / 2
             x = x + (sigma_next - sigma) * velocity(x + (half - sigma) * velocity(x, sigma), half)
     assert relative_error(trace["latents.2"], x) <= 1e-5
+
+
+# ---- pictures that join ------------------------------------------------------------------------------
+
+
+class Door:
+    """Pictures that come at given steps of the drawing; each is let in when it is asked for."""
+
+    def __init__(self, at: dict[str, list[Settings]], diary: Diary) -> None:
+        self._at, self._diary, self._here = at, diary, list[Settings]()
+
+    def _look(self) -> None:
+        for line in [line for line in self._at if line in self._diary.lines]:
+            self._here += self._at.pop(line)
+
+    def waiting(self, kind_: Settings) -> bool:
+        self._look()
+        return any(kind(s) == kind_ for s in self._here)
+
+    def take(self, kind_: Settings, most: int) -> list[Settings]:
+        self._look()
+        taken = [s for s in self._here if kind(s) == kind_][:most]
+        for s in taken:
+            self._here.remove(s)
+        return taken
+
+
+def of(pipeline: Pipeline, prompt: str, seed: int, **more: Any) -> Settings:
+    return pipeline.check(pipeline.asked({"prompt": prompt, "seed": seed, **more}))
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_pictures_join_between_two_steps(pipeline: Pipeline, streamed: bool) -> None:
+    """With texts, subjects and a seed of their own; each is what it is alone, and leaves when it is done."""
+    if streamed:
+        ladder = pipeline.planner.ladder()
+        pipeline.planner.ladder = lambda: ladder[-1:]  # pyright: ignore[reportAttributeAccessIssue]
+    first = [of(pipeline, "a horse", 1), of(pipeline, "a bear", 2)]
+    later = [of(pipeline, "a horse and a bear", 3, focus="horse; bear"), of(pipeline, "a fox", 4)]
+    other, last = of(pipeline, "a cow", 5, cfg=2.0), of(pipeline, "a goat", 6)
+    diary = Diary()
+    comes = {"step 0 of 0": later[:1], "step 1 of 0": [*later[1:], other], "step 2 of 2": [last]}
+    door = Door(comes, diary)
+    drawn: dict[int, np.ndarray] = {}
+    drawing = Drawing(pipeline, first, [diary], arrivals=door)
+    for i, image in drawing:
+        drawn[i] = np.asarray(image)
+        diary.lines.append(f"given {i}")
+    assert sorted(drawn) == [0, 1, 2, 3, 4]
+    assert [s.prompt for s in drawing.pictures] == ["a horse", "a bear", "a horse and a bear", "a fox", "a goat"]
+    for i, s in enumerate(drawing.pictures):
+        alone_ = np.asarray(pipeline.run(s).images[0])
+        assert np.abs(drawn[i].astype(int) - alone_.astype(int)).max() <= 1
+    at = diary.lines.index
+    assert at("step 0 of 0") < at("step 0 of 2") < at("step 2 of 0")  # between two steps of the first
+    assert at("given 0") < at("step 2 of 2") < at("step 0 of 4")  # which did not wait for it
+    assert door.waiting(kind(other))

@@ -1,41 +1,36 @@
 """The one loop: any number of pictures, step by step; each leaves it as soon as it is done."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, replace
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Protocol
 
-import torch
 from PIL import Image
-from torch import Tensor
 
-from mmdit.altered import Change
 from mmdit.common.errors import SettingsError
 from mmdit.common.options import Mark, marked
 from mmdit.control.options import ControlOptions
-from mmdit.control.rows import Control
+from mmdit.driver.canvas import Canvas, Picture
 from mmdit.driver.controlling import Controlling, controlling
 from mmdit.driver.focusing import Focusing, steep
 from mmdit.driver.likeness import RULES
 from mmdit.driver.pictures import enlarged
-from mmdit.driver.sampling import changed, guidance_of, rest_of, sigmas_of, solver_of
+from mmdit.driver.sampling import changed, guidance_of, sigmas_of
 from mmdit.driver.settings import Settings
 from mmdit.driver.stages import Stages
 from mmdit.driver.starting import Start, noise_of, started, way_of
-from mmdit.driver.texts import Text, Texts, encode, parts, texts_of
-from mmdit.driver.watch import Drawn, Encoded, Event, Finite, Progress, Stepped, Watcher
+from mmdit.driver.texts import Texts, encode, parts, texts_of
+from mmdit.driver.watch import Drawn, Encoded, Event, Finite, Progress, Watcher
 from mmdit.images.options import steps_of
-from mmdit.maps import Look
 from mmdit.memory.plan import Job, Plan
 from mmdit.memory.residency import Mode, Role, of_role
-from mmdit.prepared import Prepared, Row
-from samplers import Answer, Ask, Evaluation, Guidance, Moment, Sight, Source, Step, Term, drawing
 from samplers.noise import going_on
 
 _TOKENS = {"cuda": 2**16}  # denoised at a time: more are no faster, and make the first picture late
 _TOKENS_ELSEWHERE = 2**13
+_MOST = 64  # pictures at a time where others join
 
 # What may differ between pictures that are drawn together: each row of a batch has its own. All else, whatever is
 # added to Settings, has to agree.
@@ -52,161 +47,16 @@ def control_of(s: Settings) -> object:
     return tuple(getattr(s, f.name) for f in fields(ControlOptions)), s.width, s.height
 
 
-class Picture:
-    """A picture on its way: what it asks the network next, and when that is nothing more, its latents."""
+class Arrivals(Protocol):
+    """Pictures that come while others are drawn; asked between two steps, in the thread that draws."""
 
-    def __init__(
-        self,
-        index: int,
-        settings: Settings,
-        start: Tensor,
-        sigmas: Tensor,
-        tell: Callable[["Picture", Event], None],
-        guidance: Callable[[Sequence[Term]], Guidance],
-        focusing: Focusing,
-        source: Callable[[], Source],
-        keep: Callable[[Step], Tensor] | None = None,
-    ) -> None:
-        """start: `(1, C, h, w)`, float32, where it is to be denoised. sigmas: the noise levels of its steps.
+    def waiting(self, kind: Settings) -> bool:
+        """Whether there are pictures of this kind."""
+        raise NotImplementedError
 
-        tell: called after each of them. guidance, source: make its guidance, of terms that come last, and the noise
-        that a stochastic solver takes, anew. keep: gives the latents to go on with after a step, if not the step's own.
-        """
-        self.index, self.settings, self.start, self.sigmas = index, settings, start, sigmas
-        self.prepared: Prepared | None = None
-        self.controls: list[Controlling] = []
-        self.nets: dict[str, Prepared] = {}  # its texts, by the ControlNets
-        self.texts: dict[str, int] = {}  # its rows in `prepared`
-        self.stopped = False
-        self._tell, self._guidance, self._focusing, self._source = tell, guidance, focusing, source
-        self._solver, self._rest, self._keep = solver_of(settings), rest_of(settings), keep
-        self.begin()
-
-    def begin(self) -> None:
-        self._controllers = self._focusing.controllers()
-        guidance, source = self._guidance([controller.term for controller in self._controllers]), self._source()
-        self._way: Any = drawing(self._solver, guidance, self.start, self.sigmas, self._step, source, self._rest)
-        self.latents: Tensor | None = None
-        self._send(None)
-
-    def answer(self, velocities: Sequence[Answer]) -> None:
-        """Go on with what was asked for, until the next question or the end; after an error, it begins anew."""
-        try:
-            self._send(velocities)
-        except BaseException:
-            self.begin()  # what it was on its way through is closed
-            raise
-
-    def _send(self, velocities: Sequence[Answer] | None) -> None:
-        try:
-            self.asked: Evaluation | None = self._way.send(velocities)
-        except StopIteration as end:
-            self.asked, self.latents = None, end.value
-
-    def levels(self) -> list[float]:
-        """The noise levels that are still to come."""
-        assert self.asked is not None
-        return [
-            level
-            for level in self._solver.levels(self.sigmas[self._rest :]).tolist()
-            if level <= float(self.asked.at.sigma)
-        ]
-
-    def controlled(self, at: Moment) -> list[Control]:
-        """What controls it at this moment."""
-        now = [c for c in self.controls if c.controls(at.step, at.steps)]
-        return [Control(self.nets[c.net], c.latent, c.scale, c.way) for c in now]
-
-    def _step(self, step: Step) -> Tensor:
-        step = step if self._keep is None else step._replace(x=self._keep(step))
-        sheet = self._focusing.sheet(self._controllers)
-        self._tell(self, Stepped(settings=self.settings, index=self.index, step=step, attention=sheet))
-        return step.x
-
-
-class Asked(NamedTuple):
-    """A question on its way to the network."""
-
-    row: Row
-    picture: Picture
-    ask: Ask
-    x: Tensor  # (1, C, h, w)
-    controls: list[Control]
-
-
-class Canvas:
-    """Pictures that are denoised together, each at a noise level of its own; they come and go between steps."""
-
-    def __init__(self, stages: Stages, texts: Texts) -> None:
-        """texts: all that the pictures have, encoded."""
-        self._stages, self._texts = stages, texts
-        self.rows: int | None = None  # of a batch at most; None: all that is asked for at a time
-        self.most: int | None = None  # of them with gradients
-        self.on_way: list[Picture] = []  # add to it between steps
-        self.done: list[Picture] = []
-
-    def leave(self, most: int = 0) -> list[Picture]:
-        """Forget what was prepared, and let go all pictures but the first so many; they may come back."""
-        for picture in self.on_way:
-            picture.prepared, picture.nets = None, {}
-        gone, self.on_way = self.on_way[most:], self.on_way[:most]
-        return gone
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """Answer every picture's question, all by one evaluation of the network, or as few as there is room for."""
-        self._prepare([picture for picture in self.on_way if picture.prepared is None])
-        asked: list[Asked] = []
-        for picture in self.on_way:
-            assert picture.asked is not None and picture.prepared is not None
-            at, asks = picture.asked
-            controls = picture.controlled(at)
-            for ask in asks:
-                change, look = cast(Change | None, ask.change), cast(Look | None, ask.look)
-                row = Row(picture.prepared, float(at.sigma), picture.texts[ask.text], change, look)
-                asked.append(Asked(row, picture, ask, at.x, controls))
-        # As `predict` likes it best; what is changed comes last.
-        asked.sort(key=lambda one: (id(one.row.prepared), -one.row.sigma, str(one.row.change or ""), one.row.text))
-        found = dict[tuple[int, Ask], Answer]()
-        pushed = [one for one in asked if one.row.look is not None and one.row.look.cost is not None]
-        for ones, most in ((pushed, self.most), ([one for one in asked if one not in pushed], self.rows)):
-            most = most or max(1, len(ones))
-            for some in (ones[first : first + most] for first in range(0, len(ones), most)):
-                found |= self._answered(some)
-        try:
-            for picture in self.on_way:
-                assert picture.asked is not None
-                picture.answer([found[id(picture), ask] for ask in picture.asked.asks])
-        finally:  # those before one that failed may be done
-            now = [picture for picture in self.on_way if not picture.stopped]
-            self.done += [picture for picture in now if picture.asked is None]
-            self.on_way = [picture for picture in now if picture.asked is not None]
-
-    def _answered(self, some: Sequence[Asked]) -> dict[tuple[int, Ask], Answer]:
-        """The answers to these, by one evaluation."""
-        latents, rows = torch.cat([one.x for one in some]), [one.row for one in some]  # (R, C, h, w)
-        attention, controls = some[0].picture.settings.attention, [one.controls for one in some]
-        if all(row.look is None for row in rows):
-            velocities: Sequence[Answer] = self._stages.predict(latents, rows, attention, controls).split(1)
-        else:
-            velocity, seen = self._stages.look(latents, rows, attention, controls)
-            velocities = [v if s is None else Sight(v, *s) for v, s in zip(velocity.split(1), seen)]
-        return {(id(one.picture), one.ask): answer for one, answer in zip(some, velocities)}
-
-    def _prepare(self, pictures: list[Picture]) -> None:
-        """Have the texts of these pictures ready at the noise levels that they still ask for."""
-        if not pictures:
-            return
-        texts: dict[Text, int] = {}
-        for picture in pictures:
-            own = texts_of(picture.settings)
-            picture.texts = {name: texts.setdefault(text, len(texts)) for name, text in own.items()}
-        levels = dict.fromkeys(level for picture in pictures for level in picture.levels())
-        encoded = [self._texts[text] for text in texts]
-        nets = dict.fromkeys(control.net for picture in pictures for control in picture.controls)
-        by = {name: self._stages.prepare(encoded, levels, name) for name in ("transformer", *nets)}
-        for picture in pictures:
-            picture.prepared, picture.nets = by["transformer"], by
+    def take(self, kind: Settings, most: int) -> list[Settings]:
+        """So many of them at most; their indices follow those of the pictures that there are."""
+        raise NotImplementedError
 
 
 class Drawing:
@@ -218,12 +68,16 @@ class Drawing:
         pictures: Sequence[Settings],
         watchers: Sequence[Watcher] = (),
         seconds: dict[str, float] | None = None,
+        arrivals: Arrivals | None = None,
     ) -> None:
         """pictures: each with count 1, and as `Stages.check` returns it. seconds: of each stage, added up here.
 
+        arrivals: others that join, as soon as there is room between two steps, those of their kind; then pictures are
+        decoded as soon as they are denoised, not when all are that were denoised with them.
+
         Raises SettingsError where one of them does not fit into the memory.
         """
-        self._stages, self.pictures = stages, pictures
+        self._stages, self.pictures, self._arrivals = stages, [*pictures], arrivals
         self._seconds = {} if seconds is None else seconds
         self.settings: dict[int, Settings] = {}  # of the pictures begun: what each was drawn by
         self._controls: dict[object, list[Controlling]] = {}
@@ -243,7 +97,7 @@ class Drawing:
         with Progress(steps, len(self.pictures)) as bar:
             self._watchers.append(bar)
             try:
-                for part, waiting in parts(stages, self.pictures):
+                for part, waiting in parts(stages, [*self.pictures]):
                     if self._ended:
                         return
                     with stages.turn:
@@ -266,15 +120,12 @@ class Drawing:
                 yield from self._draw({i: enlarged(self.pictures[i], self._patch, image)}, texts, waiting)
 
     def _draw(self, alike: dict[int, Settings], texts: Texts, waiting: int) -> Iterator[tuple[int, Image.Image]]:
-        """One pass of pictures, by their indices, which are of one kind."""
+        """One pass of pictures, by their indices, which are of one kind; others may join."""
         first = next(iter(alike.values()))
-        apart = len({tuple(texts_of(s).values()) for s in alike.values()}) > 1
-        job = self._stages.job(first, waiting=waiting, apart=apart, changed=changed(first))
-        job = job._replace(steep=any(map(steep, alike.values())))
-        job = job._replace(count=self._at_a_time(job, len(alike)))
         canvas, queue = Canvas(self._stages, texts), deque[int | Picture](alike)
+        joins = self._arrivals
         with self._stages.turn:
-            job, plan = self._plan(job)
+            job, plan = self._plan(self._job(alike, waiting, joins))
         start: Start | None = None
         while queue and not self._ended:
             with self._stages.turn:
@@ -283,7 +134,8 @@ class Drawing:
                     start = self._stages.stage("init", job, self._seconds, partial(started, self._stages, first))
                 self._encode_controls(alike.values(), job)
                 begin = partial(self._begin, alike, start, texts)
-                work = partial(self._denoise, canvas, queue, begin, job.texts + job.changed)
+                pause = partial(self._pauses, canvas, kind(first), joins)
+                work = partial(self._denoise, canvas, queue, begin, job.texts + job.changed, pause)
                 self._stages.stage("denoise", job, self._seconds, work)
                 plan = self._stages.ended_with  # a smaller one where memory ran out
             while canvas.done and not self._ended:
@@ -295,14 +147,42 @@ class Drawing:
                     plan = self._stages.ended_with
                 if not picture.stopped:
                     yield picture.index, image
+            new = [] if joins is None or self._ended else joins.take(kind(first), plan.batch - len(queue))
+            if new:
+                with self._stages.turn:
+                    texts |= encode(self._stages, new, waiting, self._seconds)
+                    for s in new:
+                        alike[len(self.pictures)] = s
+                        queue.append(len(self.pictures))
+                        self.pictures.append(s)
+                    job, plan = self._plan(self._job(alike, waiting, joins))
+
+    def _job(self, alike: Mapping[int, Settings], waiting: int, joins: Arrivals | None) -> Job:
+        """What one pass of pictures of one kind asks of the memory; where others join, of as many as can be."""
+        first = next(iter(alike.values()))
+        apart = joins is not None or len({tuple(texts_of(s).values()) for s in alike.values()}) > 1
+        job = self._stages.job(first, waiting=waiting, apart=apart, changed=changed(first))
+        job = job._replace(steep=any(map(steep, alike.values())))
+        return job._replace(count=self._at_a_time(job, len(alike) if joins is None else _MOST))
+
+    def _pauses(self, canvas: Canvas, kind: Settings, joins: Arrivals | None) -> bool:
+        """Whether there is something to be done before the next step: a picture to be decoded, or others join."""
+        if joins is None:
+            return False
+        return bool(canvas.done) or (len(canvas.on_way) < self._stages.plan.batch and joins.waiting(kind))
 
     def _denoise(
-        self, canvas: Canvas, queue: "deque[int | Picture]", begin: Callable[[int], Picture], evaluations: int
+        self,
+        canvas: Canvas,
+        queue: "deque[int | Picture]",
+        begin: Callable[[int], Picture],
+        evaluations: int,
+        pause: Callable[[], bool],
     ) -> None:
-        """Take pictures from the queue, as many as the plan has room for, until all of them are done.
+        """Take pictures from the queue, as many as the plan has room for, until all of them are done, or for a pause.
 
-        begin: makes one of its index. evaluations: of each at a time. Called again after memory ran out, it goes on
-        from the last step, with as many pictures as there is room for now.
+        begin: makes one of its index. evaluations: of each at a time. Called again after memory ran out, or a pause, it
+        goes on from the last step, with as many pictures as there is room for now.
         """
         most = self._stages.plan.batch
         canvas.rows, canvas.most = most * evaluations, most
@@ -314,7 +194,9 @@ class Drawing:
                 (canvas.done if picture.asked is None else canvas.on_way).append(picture)
         while canvas.on_way and not self._ended:
             canvas.step()
-        canvas.leave()
+            if pause():
+                break
+        queue.extendleft(reversed(canvas.leave()))
 
     def _begin(self, alike: dict[int, Settings], start: Start | None, texts: Texts, index: int) -> Picture:
         stages, actual = self._stages, self._stages.actual
