@@ -50,11 +50,11 @@ def control_of(s: Settings) -> object:
 class Arrivals(Protocol):
     """Pictures that come while others are drawn; asked between two steps, in the thread that draws."""
 
-    def waiting(self, kind: Settings) -> bool:
+    def waiting(self, kind: Settings, /) -> bool:
         """Whether there are pictures of this kind."""
         raise NotImplementedError
 
-    def take(self, kind: Settings, most: int) -> list[Settings]:
+    def take(self, kind: Settings, most: int, /) -> list[Settings]:
         """So many of them at most; their indices follow those of the pictures that there are."""
         raise NotImplementedError
 
