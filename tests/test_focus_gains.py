@@ -1,9 +1,6 @@
 """How hard subjects are pushed apart over the steps, and what a user may say of it."""
 
 import itertools
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +8,9 @@ import torch
 
 from mmdit.common.errors import SettingsError
 from mmdit.common.options import check_options, rooms
+from mmdit.driver.options import FocusOptions
 from samplers import shifted_sigmas
 from samplers.focus import COSTS, GAINS, Push, options
-from samplers.focus.options import FocusOptions, subjects_of
-
-ROOT = Path(__file__).parents[1]
 
 
 def walked(steps: int) -> list[Push]:
@@ -74,21 +69,14 @@ def test_names_are_those_of_the_code() -> None:
     assert rooms(FocusOptions).keys() == {"Several subjects"}
 
 
-def test_options_load_no_torch() -> None:
-    code = "import sys, samplers.focus.options; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
-
-
-def test_subjects_of_a_text() -> None:
-    assert subjects_of(" a red horse;bear ") == ("a red horse", "bear")
+def test_what_options_may_be() -> None:
     check_options(FocusOptions())
     check_options(FocusOptions("horse; bear", 4.0, "jedi", 0.5, "relative"))
 
 
 @pytest.mark.parametrize(("given", "message"), [
-    ({"focus": "horse;"}, "focus is 'horse;': expected subjects of the prompt"),
-    ({"focus": ""}, "focus is '': expected subjects"),
+    ({"focus": "horse;"}, "focus is 'horse;': expected words of the prompt"),
+    ({"focus": ""}, "focus is '': expected words"),
     ({"focus": "a", "focus_scale": -1.0}, "focus_scale is -1.0: expected a number from 0 to 1000"),
     ({"focus": "a", "focus_until": 1.5}, "focus_until is 1.5: expected a number from 0 to 1"),
     ({"focus": "a", "focus_loss": "x"}, "focus_loss is 'x': expected one of focus, conform"),
