@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from mmdit.driver.watch import Drawn, Stepped, Watcher
+from mmdit.driver.watch import Drawn, Encoded, Stepped, Watcher
 
 _STRIP, _GAP, _LINE = 8, 8, 16  # steps shown; pixels
 _LEAST, _MOST = 256, 512  # pixels of the picture's longer side
@@ -41,18 +41,21 @@ class Attention(Watcher):
     """Keeps what steps attended to, until the picture is drawn; `done` has it then, by the picture's index."""
 
     def __init__(self) -> None:
-        self._seen: dict[int, dict[str, list[Tensor]]] = {}
+        self._seen: dict[int, dict[str, dict[int, Tensor]]] = {}  # by picture, subject and step
         self.done: dict[int, AttentionMaps] = {}
+
+    def encoded(self, event: Encoded) -> None:
+        self._seen[event.index] = {}  # of a picture in two passes, the second's are kept
 
     def step(self, event: Stepped) -> None:
         if event.attention is None:
             return
-        seen = self._seen.setdefault(event.index, {})
-        for subject in event.attention.subjects:
-            seen.setdefault(subject, []).append(event.attention.of(subject).cpu())
+        for subject in event.attention.subjects:  # a picture that begins anew after an error takes its steps again
+            steps = self._seen[event.index].setdefault(subject, {})
+            steps[event.step.index] = event.attention.of(subject).cpu()
 
     def picture(self, event: Drawn) -> None:
-        maps = {name: torch.stack(steps) for name, steps in self._seen.pop(event.index, {}).items()}
+        maps = {name: torch.stack([*steps.values()]) for name, steps in self._seen.pop(event.index).items()}
         if maps:
             self.done[event.index] = AttentionMaps(event.image, maps)
 
