@@ -227,6 +227,12 @@ def test_maps_of_a_picture_in_two_passes_are_the_seconds(pipeline: Pipeline) -> 
         pipeline.attention_at(PROMPT, 5, 5, upscale=1.5)
 
 
+def test_steps_that_ask_nothing_have_no_maps(pipeline: Pipeline) -> None:
+    (found,) = pipeline.attention_maps(PROMPT, "horse", cfg_zero=True)
+    assert found.steps == (1, 2, 3) and len(found.maps["horse"]) == 3
+    assert found.sheet().size[0] > 0
+
+
 def test_a_picture_that_begins_anew_has_each_step_once(folder: Path) -> None:
     """After an error it takes its steps again."""
     pipeline = Pipeline.load(folder, device="cpu", dtype="fp32")

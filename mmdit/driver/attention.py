@@ -21,10 +21,12 @@ class AttentionMaps:
 
     image: Image.Image
     maps: dict[str, Tensor]  # of each subject, (steps, blocks, rows, columns): the mean of its tokens and of the heads
+    steps: tuple[int, ...]  # which these are, counted from 0: a step that asks nothing of the network has none
 
     def sheet(self) -> Image.Image:
         """As `--attention-maps` writes it."""
-        return sheet(self.image, {name: [step.mean(0) for step in steps] for name, steps in self.maps.items()})
+        maps = {name: [step.mean(0) for step in steps] for name, steps in self.maps.items()}
+        return sheet(self.image, maps, self.steps)
 
 
 @dataclass
@@ -55,15 +57,17 @@ class Attention(Watcher):
             steps[event.step.index] = event.attention.of(subject).cpu()
 
     def picture(self, event: Drawn) -> None:
-        maps = {name: torch.stack([*steps.values()]) for name, steps in self._seen.pop(event.index).items()}
-        if maps:
-            self.done[event.index] = AttentionMaps(event.image, maps)
+        seen = self._seen.pop(event.index)
+        if seen:
+            maps = {name: torch.stack([*steps.values()]) for name, steps in seen.items()}
+            self.done[event.index] = AttentionMaps(event.image, maps, tuple(next(iter(seen.values()))))
 
 
-def sheet(image: Image.Image, maps: Mapping[str, Sequence[Tensor]]) -> Image.Image:
+def sheet(image: Image.Image, maps: Mapping[str, Sequence[Tensor]], numbers: Sequence[int]) -> Image.Image:
     """A row for each subject: the picture under its mean map, then maps of some steps, from the first to the last.
 
-    maps: `(rows, columns)` of each step. Within a row a colour stands for the same share of attention.
+    maps: `(rows, columns)` of each step. numbers: of these steps, from 0. Within a row a colour stands for the same
+    share of attention.
     """
     scale = min(max(max(image.size), _LEAST), _MOST) / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
@@ -80,7 +84,7 @@ def sheet(image: Image.Image, maps: Mapping[str, Sequence[Tensor]]) -> Image.Ima
         shown = dict.fromkeys(round(i * (len(steps) - 1) / max(1, count - 1)) for i in range(count))
         for k, i in enumerate(shown):
             x = width + 2 * _GAP + k * (w + _GAP)
-            pen.text((x, y), f"step {i + 1}", fill="black")
+            pen.text((x, y), f"step {numbers[i] + 1}", fill="black")
             whole.paste(heat(steps[i], most, (w, h)), (x, y + _LINE))
     return whole
 
