@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mmdit.altered import Change, altered
+from mmdit.common.errors import SettingsError
 from mmdit.control.adding import Added, adding
 from mmdit.maps import Look, Seen, seen
 from mmdit.model import MMDiT, Modulation, Modulations
@@ -61,6 +62,11 @@ class Prepared:
     def __call__(self, latent: Tensor, sigma: Tensor | float, texts: Sequence[int]) -> Tensor:
         """The velocity of latents `(R, C, h, w)`, all at this noise level, `texts[r]` the text of latent r."""
         return predict(latent, [Row(self, float(sigma), text) for text in texts])
+
+    @property
+    def as_in_context(self) -> bool:
+        """Whether the blocks see as many tokens of a text as its context has."""
+        return self._text.shape[1] == self._context.shape[1]
 
     def known(self, sigma: float, texts: tuple[int, ...]) -> Known:
         """What rows with these texts have at this noise level."""
@@ -124,7 +130,12 @@ def predict(latents: Tensor, rows: Sequence[Row], added: Sequence[Added] = (), m
 def look(
     latents: Tensor, rows: Sequence[Row], added: Sequence[Added] = ()
 ) -> tuple[Tensor, list[Seen | None]]:  # fmt: skip
-    """The same velocity, and what each row looks at; `mmdit.maps.seen` says how. What is added is taken as it is."""
+    """The same velocity, and what each row looks at; `mmdit.maps.seen` says how. What is added is taken as it is.
+
+    Raises SettingsError for a model whose blocks see other tokens of the text than its context has: looks number those.
+    """
+    if not all(row.prepared.as_in_context for row in rows):
+        raise SettingsError("maps of attention: this variant has tokens of its own beside the text's")
     with _ready(latents, rows, added) as call:
         return seen(rows[0].prepared.model, latents, [row.look for row in rows], call)
 

@@ -16,7 +16,16 @@ from mmdit.common.errors import SettingsError
 from mmdit.common.files import sweep
 from mmdit.common.options import Mark, marked
 from mmdit.driver.likeness import filled
-from mmdit.driver.output import Saver, check_previews, check_writable, is_file, picture_path, preview_path, save_dump
+from mmdit.driver.output import (
+    Saver,
+    check_beside,
+    check_writable,
+    is_file,
+    picture_path,
+    preview_path,
+    save_dump,
+    sheet_path,
+)
 from mmdit.driver.pictures import check_pictures
 from mmdit.driver.prompts import Folders, read_prompts, told_at
 from mmdit.driver.repeat import settings_of_picture, without_levels
@@ -104,8 +113,9 @@ def run(settings: Settings) -> None:
             say(f"warning: {settings.from_png} began with other pictures than there are now: {settings.init}")
         if lines is None and settings.control_pictures not in (None, wanted[0][0].control_pictures):
             say(f"warning: {settings.from_png} was controlled by other pictures than there are now")
-        if settings.preview is not None:
-            check_previews(path for _, path in wanted)
+        paths = [path for _, path in wanted]
+        check_beside("preview", paths, paths if settings.preview is not None else (), preview_path)
+        check_beside("attention_maps", paths, [p for s, p in wanted if s.attention_maps is not None], sheet_path)
         if wanted:
             largest = max((s for s, _ in wanted), key=lambda s: (s.width or 0) * (s.height or 0))
             pipeline = Pipeline.from_settings(largest, parts)

@@ -15,7 +15,10 @@ from torch import Tensor
 from toys import toy_folder
 
 from mmdit.common.errors import SettingsError
+from mmdit.driver.attention import Attention
 from mmdit.driver.pipeline import Pipeline
+from mmdit.driver.watch import Stepped, Watcher
+from mmdit.memory.budget import DeviceMemoryError
 from mmdit.run import main
 
 PROMPT = "a horse, a bear and a fox"
@@ -216,6 +219,36 @@ def test_maps_and_what_steps_saw(pipeline: Pipeline) -> None:
     assert found.sheet().size[1] > 2 * 96
 
 
+def test_maps_of_a_picture_in_two_passes_are_the_seconds(pipeline: Pipeline) -> None:
+    (found,) = pipeline.attention_maps(PROMPT, "horse", width=64, height=64, upscale=1.5, upscale_strength=0.5)
+    assert found.image.size == (96, 96) and found.maps["horse"].shape[2:] == (6, 6)
+    assert len(found.maps["horse"]) == 2
+    with pytest.raises(SettingsError, match="attention_at: upscale is given"):
+        pipeline.attention_at(PROMPT, 5, 5, upscale=1.5)
+
+
+def test_steps_that_ask_nothing_have_no_maps(pipeline: Pipeline) -> None:
+    (found,) = pipeline.attention_maps(PROMPT, "horse", cfg_zero=True)
+    assert found.steps == (1, 2, 3) and len(found.maps["horse"]) == 3
+    assert found.sheet().size[0] > 0
+
+
+def test_a_picture_that_begins_anew_has_each_step_once(folder: Path) -> None:
+    """After an error it takes its steps again."""
+    pipeline = Pipeline.load(folder, device="cpu", dtype="fp32")
+    failures = [DeviceMemoryError("none left")]
+
+    class Failing(Watcher):
+        def step(self, event: Stepped) -> None:
+            if (event.index, event.step.index) == (1, 2) and failures:
+                raise failures.pop()
+
+    s, seen = pipeline.asked({"prompt": PROMPT, "attention_maps": "horse", "count": 2}), Attention()
+    with pytest.warns(UserWarning, match="memory ran out"):
+        pipeline.run(s, watchers=[seen, Failing()])
+    assert [len(seen.done[i].maps["horse"]) for i in (0, 1)] == [4, 4]
+
+
 def test_what_a_place_attends_to(pipeline: Pipeline) -> None:
     """Its words are what their maps have there; all of it adds up to one."""
     found = pipeline.attention_at(PROMPT, 50, 20, seed=3)
@@ -271,6 +304,20 @@ def test_a_sheet_beside_the_picture_and_a_repeat(
     assert np.array_equal(np.array(Image.open(tmp_path / "again.png")), first)
 
 
+def test_a_sheet_replaces_no_picture(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """But the sheet of an earlier run."""
+    line = [PROMPT, "--model", str(folder), "--steps", "1"]
+    mapped = [*line, "--attention-maps", "fox", "--out", str(tmp_path / "a.png")]
+    other = tmp_path / "a.attention.png"
+    assert main([*line, "--out", str(other)]) == 0
+    before = other.read_bytes()
+    assert main(mapped) == 2
+    assert "attention_maps: " in (said := capsys.readouterr().err) and "would be replaced" in said
+    assert other.read_bytes() == before and not (tmp_path / "a.png").exists()
+    other.unlink()
+    assert main(mapped) == main(mapped) == 0
+
+
 @pytest.mark.parametrize(("given", "told"), [
     (["--focus", "horse; pig"], 'focus: "pig" is not in the prompt'),
     (["--attention-maps", "horse#2"], 'attention_maps: "horse#2": the prompt has "horse" once'),
@@ -278,6 +325,7 @@ def test_a_sheet_beside_the_picture_and_a_repeat(
     (["--focus", "horse;;bear"], "focus is 'horse;;bear'"),
     (["--focus-scale", "2"], "focus_scale is 2.0, but focus is not given"),
     (["--focus", "horse; bear", "--focus-until", "2"], "focus_until is 2.0: expected a number from 0 to 1"),
+    (["--focus", "horse; bear", "--sigmas", "0.8,0.4"], "focus_until is 0.9, but the picture begins at noise 0.800"),
 ])  # fmt: skip
 def test_bad_input(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], given: list[str], told: str

@@ -15,6 +15,7 @@ from mmdit.config import TOY, MMDiTConfig
 from mmdit.kernels.compiled import compile_blocks
 from mmdit.maps import Look, Seen, seen, shares
 from mmdit.model import MMDiT
+from mmdit.prepared import Prepared, Row, look
 
 SMALL = replace(TOY, depth=3, dual_attention_blocks=(0, 1))
 
@@ -178,6 +179,15 @@ def test_a_mask_and_more_tokens_than_a_head_is_wide() -> None:
         found = shares(q, k, chosen, 9, "auto", given_bias)
         assert near(found[0], table[0]) and near(found[1, ..., :2], table[1][..., [8, 1]])
         assert not found[1, ..., 2:].any()
+
+
+def test_a_text_with_tokens_of_the_models_own_is_told() -> None:
+    """The numbers of its tokens would be those of others."""
+    model, (latents, _, context, pooled) = model_of(), given(1)
+    plain = model.embed_text
+    model.embed_text = lambda context: torch.cat([plain(context)[:, :1], plain(context)], dim=1)
+    with pytest.raises(SettingsError, match="tokens of its own beside the text's"), torch.no_grad():
+        look(latents, [Row(Prepared(model, context, pooled), 0.5, 0, None, Look((0,)))])
 
 
 def test_an_attention_without_shares_is_told() -> None:

@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from mmdit.driver.watch import Drawn, Stepped, Watcher
+from mmdit.driver.watch import Drawn, Encoded, Stepped, Watcher
 
 _STRIP, _GAP, _LINE = 8, 8, 16  # steps shown; pixels
 _LEAST, _MOST = 256, 512  # pixels of the picture's longer side
@@ -21,10 +21,12 @@ class AttentionMaps:
 
     image: Image.Image
     maps: dict[str, Tensor]  # of each subject, (steps, blocks, rows, columns): the mean of its tokens and of the heads
+    steps: tuple[int, ...]  # which these are, counted from 0: a step that asks nothing of the network has none
 
     def sheet(self) -> Image.Image:
         """As `--attention-maps` writes it."""
-        return sheet(self.image, {name: [step.mean(0) for step in steps] for name, steps in self.maps.items()})
+        maps = {name: [step.mean(0) for step in steps] for name, steps in self.maps.items()}
+        return sheet(self.image, maps, self.steps)
 
 
 @dataclass
@@ -41,26 +43,31 @@ class Attention(Watcher):
     """Keeps what steps attended to, until the picture is drawn; `done` has it then, by the picture's index."""
 
     def __init__(self) -> None:
-        self._seen: dict[int, dict[str, list[Tensor]]] = {}
+        self._seen: dict[int, dict[str, dict[int, Tensor]]] = {}  # by picture, subject and step
         self.done: dict[int, AttentionMaps] = {}
+
+    def encoded(self, event: Encoded) -> None:
+        self._seen[event.index] = {}  # of a picture in two passes, the second's are kept
 
     def step(self, event: Stepped) -> None:
         if event.attention is None:
             return
-        seen = self._seen.setdefault(event.index, {})
-        for subject in event.attention.subjects:
-            seen.setdefault(subject, []).append(event.attention.of(subject).cpu())
+        for subject in event.attention.subjects:  # a picture that begins anew after an error takes its steps again
+            steps = self._seen[event.index].setdefault(subject, {})
+            steps[event.step.index] = event.attention.of(subject).cpu()
 
     def picture(self, event: Drawn) -> None:
-        maps = {name: torch.stack(steps) for name, steps in self._seen.pop(event.index, {}).items()}
-        if maps:
-            self.done[event.index] = AttentionMaps(event.image, maps)
+        seen = self._seen.pop(event.index)
+        if seen:
+            maps = {name: torch.stack([*steps.values()]) for name, steps in seen.items()}
+            self.done[event.index] = AttentionMaps(event.image, maps, tuple(next(iter(seen.values()))))
 
 
-def sheet(image: Image.Image, maps: Mapping[str, Sequence[Tensor]]) -> Image.Image:
+def sheet(image: Image.Image, maps: Mapping[str, Sequence[Tensor]], numbers: Sequence[int]) -> Image.Image:
     """A row for each subject: the picture under its mean map, then maps of some steps, from the first to the last.
 
-    maps: `(rows, columns)` of each step. Within a row a colour stands for the same share of attention.
+    maps: `(rows, columns)` of each step. numbers: of these steps, from 0. Within a row a colour stands for the same
+    share of attention.
     """
     scale = min(max(max(image.size), _LEAST), _MOST) / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
@@ -77,7 +84,7 @@ def sheet(image: Image.Image, maps: Mapping[str, Sequence[Tensor]]) -> Image.Ima
         shown = dict.fromkeys(round(i * (len(steps) - 1) / max(1, count - 1)) for i in range(count))
         for k, i in enumerate(shown):
             x = width + 2 * _GAP + k * (w + _GAP)
-            pen.text((x, y), f"step {i + 1}", fill="black")
+            pen.text((x, y), f"step {numbers[i] + 1}", fill="black")
             whole.paste(heat(steps[i], most, (w, h)), (x, y + _LINE))
     return whole
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from mmdit.common.errors import SettingsError
 from mmdit.driver.reading import lengths_of, texts_of
 from mmdit.driver.sampling import sigmas_of
 from mmdit.driver.settings import Settings
@@ -34,6 +35,16 @@ class Sheet(NamedTuple):
 def steep(s: Settings) -> bool:
     """Whether gradients are wanted."""
     return s.focus is not None and s.focus_scale > 0
+
+
+def check_pushed(s: Settings, sigmas: Tensor) -> None:
+    """Raise SettingsError where no step is noisy enough to be pushed. sigmas: the noise levels of all steps."""
+    first = float(sigmas[0])
+    if steep(s) and first < s.focus_until:
+        raise SettingsError(
+            f"focus_until is {s.focus_until}, but the picture begins at noise {first:.3f}, so focus would do nothing: "
+            "expected less"
+        )
 
 
 def found_in(s: Settings, reader: EncodesText) -> dict[str, list[Found]]:

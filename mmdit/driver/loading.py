@@ -15,7 +15,7 @@ from mmdit.common.paths import split_scale, user_path
 from mmdit.driver.building import MODULES, build, variant_of
 from mmdit.driver.controls import check_pictures, open_controls
 from mmdit.driver.defaults import default_settings
-from mmdit.driver.focusing import found_in
+from mmdit.driver.focusing import check_pushed, found_in
 from mmdit.driver.pictures import enlarged, settled
 from mmdit.driver.reading import fitted
 from mmdit.driver.sampling import sigmas_of, with_layers, with_shift
@@ -72,7 +72,7 @@ class Parts(NamedTuple):
             check_size(settings, part, cell)
             check_size(largest, part, cell)
         settings = with_shift(settings, self.shift, self.defaults)
-        sigmas_of(settings, self.shift)  # there may be no so many noise levels
+        check_pushed(settings, sigmas_of(settings, self.shift))  # there may be no so many noise levels
         settings = fitted(with_layers(settings, config.depth), self.text)
         found_in(settings, self.text)  # the words of its subjects may not be there
         return check_pictures(settings, nets)

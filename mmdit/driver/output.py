@@ -112,9 +112,8 @@ class Saver:
         path = save_image(image, settings, path)
         self._written(path)
         if sheet is not None:
-            beside = path.with_name(f"{path.stem}.attention.png")
-            save_dump(lambda written: sheet().save(written, format="PNG"), beside)
-            self._written(beside)
+            save_dump(lambda written: sheet().save(written, format="PNG"), sheet_path(path))
+            self._written(sheet_path(path))
 
     def _wait(self, most: int) -> None:
         start = time.perf_counter()
@@ -151,16 +150,22 @@ def preview_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}.preview.png")
 
 
-def check_previews(paths: Iterable[Path]) -> None:
-    """Raise SettingsError where a preview cannot have its name, or would replace a picture of this program's.
+def sheet_path(path: Path) -> Path:
+    """Where the sheet of the picture that goes to this path is."""
+    return path.with_name(f"{path.stem}.attention.png")
 
-    paths: of all pictures that are to be drawn. A preview that a killed run left is no such picture.
+
+def check_beside(option: str, pictures: Iterable[Path], own: Iterable[Path], place: Callable[[Path], Path]) -> None:
+    """Raise SettingsError where a file beside a picture cannot have its name, or would replace another picture.
+
+    pictures: the paths of all that are to be drawn. own: of those that have such a file. place: where it is, of one of
+    them. A file that another run left there is no picture of this program's.
     """
-    every = {os.path.realpath(path) for path in paths}
-    for path in every:
-        preview = user_path("preview", str(preview_path(Path(path))))
-        if str(preview) in every or preview.is_dir() or settings_in(preview) is not None:
-            raise SettingsError(f"preview: {preview} would be replaced, which is no preview: give --out another name")
+    every = {os.path.realpath(path) for path in pictures}
+    for path in own:
+        file = user_path(option, str(place(Path(os.path.realpath(path)))))
+        if str(file) in every or file.is_dir() or settings_in(file) is not None:
+            raise SettingsError(f"{option}: {file} would be replaced, a picture: give --out another name")
 
 
 def names(settings: Settings) -> Iterator[Path]:

@@ -214,13 +214,14 @@ class Pipeline(Stages):
     def attention_at(self, prompt: str, x: int, y: int, **keywords: Any) -> Place:
         """Draw one picture, and keep what the place at these pixels attends to: words, and the rest of the picture.
 
-        keywords: those of a call, but for count and focus. A solver that asks twice a step has two steps here for each.
-        Raises one of USER_ERRORS.
+        keywords: those of a call, but for count, focus and upscale. A solver that asks twice a step has two steps here
+        for each. Raises one of USER_ERRORS.
         """
         s = replace(self.check(self.asked({"prompt": prompt, **keywords})), count=1)
         assert s.width and s.height
-        if s.focus is not None:
-            raise SettingsError("attention_at: focus is given: expected a picture without it")
+        for name in ("focus", "upscale"):
+            if getattr(s, name) is not None:
+                raise SettingsError(f"attention_at: {name} is given: expected a picture without it")
         if not (0 <= x < s.width and 0 <= y < s.height):
             raise SettingsError(f"attention_at: {x}, {y} is not in the picture of {s.width}x{s.height}")
         side = self.transformer.config.patch_size * self.vae.config.downscale
