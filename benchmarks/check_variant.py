@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from mmdit.driver.loading import DEMO
 from mmdit.kernels.compiled import compile_blocks
 from mmdit.kernels.onednn import by_onednn
 from mmdit.kernels.quantise import quantised, rounded, scales
+from mmdit.maps import checkpointed
 from mmdit.memory.empty import emptied
 from mmdit.memory.meter import peak_bytes
 from mmdit.memory.residency import Mode
@@ -108,6 +109,18 @@ def gradients(variant: Variant) -> str:
     if silent:
         raise WrongError(f"no gradient reaches {', '.join(silent[:3])}{', ...' if silent[3:] else ''}")
     return f"reach all of {len(list(model.parameters()))} parameters"
+
+
+def subjects(variant: Variant) -> str:
+    """Gradients to the latents with blocks computed again on the way back, as `--focus` and its adapters need them."""
+    model = built(variant).requires_grad_(False)
+    latent, *rest = inputs(model)
+    found = []
+    for again in (nullcontext(), checkpointed(model)):
+        leaf = latent.clone().requires_grad_()
+        with again:
+            found.append(torch.autograd.grad(model(leaf, *rest).square().sum(), leaf)[0])
+    return near(found[1], found[0], EXACT)
 
 
 @torch.no_grad()
@@ -219,6 +232,7 @@ def plans(variant: Variant, folder: Path) -> str:
 CHECKS: list[tuple[str, Callable[..., str], bool]] = [
     ("tensors", parameters, False),
     ("gradients", gradients, False),
+    ("gradients to the latents", subjects, False),
     ("sampling is training", sampling, False),
     ("a batch is its singles", batches, False),
     ("sizes", sizes, False),

@@ -91,8 +91,7 @@ def recording(
     most has. A block that is computed again changes nothing there. Raises SettingsError for a model whose attention
     has no shares.
     """
-    grid, most = model.grid(latents), max(len(look.tokens) for look in looks if look is not None)
-    chosen = [look.tokens if look else () for look in looks]
+    grid, chosen = model.grid(latents), Chosen([look.tokens if look else () for look in looks])
     with ExitStack() as stack:
         stack.enter_context(uncompiled(model))
         for i, block in enumerate(model.joint_blocks):
@@ -100,24 +99,24 @@ def recording(
             attn = getattr(attn, "attn", None)
             if not hasattr(attn, "backend"):
                 raise SettingsError(f"maps of attention: block {i} of this variant has no attention with shares")
-            stack.callback(_record(attn, i, chosen, most, grid, maps))
+            stack.callback(_record(attn, i, chosen, grid, maps))
         yield
 
 
 def _record(
-    attn: Any, i: int, chosen: Sequence[Sequence[int]], most: int, grid: tuple[int, int], maps: dict[int, Tensor]
-) -> Callable[[], None]:
+    attn: Any, i: int, chosen: "Chosen", grid: tuple[int, int], maps: dict[int, Tensor]
+) -> Callable[[], None]:  # fmt: skip
     """Put a backend between an attention and the one it has; returns what takes it away."""
     inner, own, image = attn.backend, vars(attn).get("backend"), grid[0] * grid[1]
 
     def backend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         first = q.shape[1] - image  # of the image's tokens that ask
         if torch.is_grad_enabled() and inner in _BY_PYTORCH:  # what goes back is most of the work: one way for both
-            gathered, every = both(q, k, v, chosen, most, bias)
+            gathered, every = both(q, k, v, chosen, bias)
             found = every[:, first:]
         else:
             some = None if bias is None else bias.expand(*bias.shape[:-2], q.shape[1], k.shape[1])[..., first:, :]
-            found = shares(q[:, first:], k, chosen, most, inner, some)  # (R, N, H, tokens)
+            found = shares(q[:, first:], k, chosen, inner, some)  # (R, N, H, tokens)
             gathered = attention(q, k, v, inner, bias).unflatten(2, q.shape[2:])
         maps.setdefault(i, found.mean(dim=2).unflatten(1, grid))  # not again where it is computed again
         return gathered
@@ -132,47 +131,47 @@ def _record(
     return back
 
 
-def shares(
-    q: Tensor,
-    k: Tensor,
-    chosen: Sequence[Sequence[int]],
-    most: int,
-    backend: Backend = "auto",
-    bias: Tensor | None = None,
-) -> Tensor:
+class Chosen:
+    """Tokens of each row of a batch, and the values that tell what is gathered from them; made once for all blocks."""
+
+    def __init__(self, tokens: Sequence[Sequence[int]]) -> None:
+        self.tokens, self.most = tokens, max(map(len, tokens))
+        self._made: dict[object, Tensor] = {}
+
+    def ones(self, k: Tensor, begin: int, width: int) -> Tensor:
+        """`(R, M, H, width)` for keys `(R, M, H, d)`: column j is 1 for the row's token `begin + j`, 0 for others."""
+        key = k.shape[1], k.dtype, k.device, begin, width
+        if key not in self._made:
+            ones = torch.zeros(len(self.tokens), k.shape[1], width, dtype=k.dtype)
+            for row, own in enumerate(self.tokens):
+                for column, token in enumerate(own[begin : begin + width]):
+                    ones[row, token, column] = 1
+            self._made[key] = ones.to(k.device)
+        return self._made[key][:, :, None].expand(-1, -1, k.shape[2], -1)
+
+
+def shares(q: Tensor, k: Tensor, chosen: Chosen, backend: Backend = "auto", bias: Tensor | None = None) -> Tensor:
     """What tokens that ask `(R, N, H, d)` gather from chosen ones of those that answer `(R, M, H, d)`, by softmax.
 
-    chosen: the tokens of each row, at most `most`. bias: as in `attention`. Returns `(R, N, H, most)`, float32, zeros
-    where a row has fewer. Values as wide as a head are what every kernel takes.
+    bias: as in `attention`. Returns `(R, N, H, tokens)`, float32, zeros where a row has fewer. Values as wide as a head
+    are what every kernel takes.
     """
     heads, width = q.shape[2:]
     parts = []
-    for begin in range(0, most, width):
-        values = _ones(k, chosen, begin, width)
-        gathered = attention(q, k, values, backend, bias).unflatten(2, (heads, width))
-        parts.append(gathered[..., : min(width, most - begin)].float())
+    for begin in range(0, chosen.most, width):
+        gathered = attention(q, k, chosen.ones(k, begin, width), backend, bias).unflatten(2, (heads, width))
+        parts.append(gathered[..., : min(width, chosen.most - begin)].float())
     return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
 
 
-def both(
-    q: Tensor, k: Tensor, v: Tensor, chosen: Sequence[Sequence[int]], most: int, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def both(q: Tensor, k: Tensor, v: Tensor, chosen: Chosen, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """What is gathered, `(R, N, H, d)`, and `shares`, by one attention whose values have more columns."""
-    width, more = q.shape[-1], -(-most // _COLUMNS) * _COLUMNS
-    values = torch.cat([v, _ones(k, chosen, 0, more)], dim=-1)
+    width, more = q.shape[-1], -(-chosen.most // _COLUMNS) * _COLUMNS
+    values = torch.cat([v, chosen.ones(k, 0, more)], dim=-1)
     wide = (F.pad(q, (0, more)), F.pad(k, (0, more)), values)  # kernels want all equally wide; zeros add nothing
     found = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in wide), attn_mask=bias, scale=width**-0.5)
     gathered, extra = found.transpose(1, 2).split([width, more], dim=-1)
-    return gathered, extra[..., :most].float()
-
-
-def _ones(k: Tensor, chosen: Sequence[Sequence[int]], begin: int, width: int) -> Tensor:
-    """Values `(R, M, H, width)` that tell shares: column j is 1 for the row's token `begin + j`, 0 for all others."""
-    ones = torch.zeros(len(chosen), k.shape[1], width, dtype=k.dtype, device=k.device)
-    where = [(r, token, j) for r, own in enumerate(chosen) for j, token in enumerate(own[begin : begin + width])]
-    if where and not k.is_meta:
-        ones[tuple(torch.tensor(where, device=k.device).T)] = 1
-    return ones[:, :, None].expand(-1, -1, k.shape[2], -1)
+    return gathered, extra[..., : chosen.most].float()
 
 
 @contextmanager

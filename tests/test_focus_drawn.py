@@ -322,6 +322,7 @@ def test_a_sheet_replaces_no_picture(folder: Path, tmp_path: Path, capsys: pytes
     (["--focus", "horse; pig"], 'focus: "pig" is not in the prompt'),
     (["--attention-maps", "horse#2"], 'attention_maps: "horse#2": the prompt has "horse" once'),
     (["--focus", "a horse; horse"], 'focus: "a horse" and "horse" have tokens in common'),
+    (["--focus", "horse", "--focus-loss", "conform"], 'focus: "horse" alone cannot be kept apart'),
     (["--focus", "horse;;bear"], "focus is 'horse;;bear'"),
     (["--focus-scale", "2"], "focus_scale is 2.0, but focus is not given"),
     (["--focus", "horse; bear", "--focus-until", "2"], "focus_until is 2.0: expected a number from 0 to 1"),

@@ -13,7 +13,7 @@ from mmdit.attention import attention_by
 from mmdit.common.errors import SettingsError
 from mmdit.config import TOY, MMDiTConfig
 from mmdit.kernels.compiled import compile_blocks
-from mmdit.maps import Look, Seen, seen, shares
+from mmdit.maps import Chosen, Look, Seen, seen, shares
 from mmdit.model import MMDiT
 from mmdit.prepared import Prepared, Row, look
 
@@ -176,7 +176,7 @@ def test_a_mask_and_more_tokens_than_a_head_is_wide() -> None:
     scores = torch.einsum("bnhd,bmhd->bhnm", q, k) / 2
     for given_bias, added in ((None, scores), (bias, scores + bias), (masked, scores.masked_fill(~masked, -torch.inf))):
         table = added.softmax(dim=-1).permute(0, 2, 1, 3)  # (R, N, H, M)
-        found = shares(q, k, chosen, 9, "auto", given_bias)
+        found = shares(q, k, Chosen(chosen), "auto", given_bias)
         assert near(found[0], table[0]) and near(found[1, ..., :2], table[1][..., [8, 1]])
         assert not found[1, ..., 2:].any()
 

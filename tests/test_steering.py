@@ -27,7 +27,7 @@ WAYS: dict[str, list[dict[str, Any]]] = {
                  {"cfg_schedule": "cosine", "cfg_rescale": 0.5}],
     "worse": [{"slg": 2.0, "slg_interval": "0:1"}, {"pag": 1.0}],
     "cache": [{"cache": 0.2}],
-    "subjects": [{"focus": "horse", "focus_scale": 0.2, "focus_gain": "relative", "focus_until": x} for x in (0, 0.7)],
+    "subjects": [{"focus": "a horse", "focus_scale": 0.2, "focus_gain": "relative", "focus_until": 0.3}],
     "like": [{"like": "comfyui"}, {"like": "stability"}, {"rng": "cuda"}],
     "noise": [{"variation_seed": 5, "variation_strength": 0.3}],
     "init": [{"strength": 0.6}, {"mask": True, "mask_blur": 3}, {"mask": True, "strength": 0.7, "mask_edges": "latent"},

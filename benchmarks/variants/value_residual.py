@@ -8,7 +8,7 @@ from mmdit.variants import variant
 
 
 class MixedAttention(SelfAttention):
-    first: "list[Tensor]"  # the first block's values, of this evaluation; it is the same list in all blocks
+    first: "list[Tensor]"  # the same in all blocks: the first one's values, kept for blocks that are computed again
     index: int
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> Tensor:
@@ -29,8 +29,3 @@ class ValueResidual(MMDiT):
             attn.__class__, attn.index, attn.first = MixedAttention, i, first
             if i:
                 attn.mix = nn.Parameter(torch.zeros(()))
-
-    def flow(self, *given) -> Tensor:
-        velocity = super().flow(*given)
-        self.joint_blocks[0].x_block.attn.first.clear()
-        return velocity

@@ -54,12 +54,12 @@ class Attention(Watcher):
             return
         for subject in event.attention.subjects:  # a picture that begins anew after an error takes its steps again
             steps = self._seen[event.index].setdefault(subject, {})
-            steps[event.step.index] = event.attention.of(subject).cpu()
+            steps[event.step.index] = event.attention.of(subject)
 
     def picture(self, event: Drawn) -> None:
         seen = self._seen.pop(event.index)
         if seen:
-            maps = {name: torch.stack([*steps.values()]) for name, steps in seen.items()}
+            maps = {name: torch.stack([*steps.values()]).cpu() for name, steps in seen.items()}
             self.done[event.index] = AttentionMaps(event.image, maps, tuple(next(iter(seen.values()))))
 
 

@@ -18,6 +18,7 @@ from text_encoders.conditioning import as_prompt
 from text_encoders.subjects import Found, apart, find, subjects_of
 
 FOCUS, MAPS = "focus", "attention_maps"
+_BETWEEN = ("conform", "attend-and-excite")  # losses that see no difference within a subject
 
 
 class Sheet(NamedTuple):
@@ -55,7 +56,12 @@ def found_in(s: Settings, reader: EncodesText) -> dict[str, list[Found]]:
         named: str | None = getattr(s, option)
         if named is not None:
             found[option] = find(reader, prompt, subjects_of(named, option), length, chunks, option)
-    apart(found.get(FOCUS, ()), FOCUS)
+    subjects = found.get(FOCUS, [])
+    apart(subjects, FOCUS)
+    # What compares subjects needs two of them; what compares words, two of these.
+    lonely = len(subjects) == 1 and (s.focus_loss in _BETWEEN or len(subjects[0].columns) == 1)
+    if steep(s) and lonely and s.focus_loss != "divide-and-bind":
+        raise SettingsError(f'{FOCUS}: "{subjects[0].phrase:.60}" alone cannot be kept apart: expected two or more')
     return found
 
 
@@ -103,8 +109,8 @@ class Focusing:
         ]
 
     def sheet(self, controllers: Sequence[Controller]) -> Sheet | None:
-        """What they saw last; None where nothing was to be seen."""
-        seen = next((controller.seen for controller in controllers if controller.seen is not None), None)
+        """What they saw in this step; None where nothing was to be seen."""
+        seen = next((seen for controller in controllers if (seen := controller.taken()) is not None), None)
         maps = self._found.get(MAPS, ())
         return None if seen is None else Sheet(
             seen, self.tokens, dict(zip((one.phrase for one in maps), self._places(maps)))

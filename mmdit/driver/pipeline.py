@@ -201,14 +201,16 @@ class Pipeline(Stages):
         s = self.check(self.asked({"prompt": prompt, **keywords, "attention_maps": subjects}))
         return found_in(s, self.text)[MAPS]
 
-    def attention_maps(self, prompt: str, subjects: str, **keywords: Any) -> list[AttentionMaps]:
+    def attention_maps(
+        self, prompt: str, subjects: str, *, on_step: OnEachStep | None = None, **keywords: Any
+    ) -> list[AttentionMaps]:
         """Draw, and keep where each picture attends to the words of each subject, by step and block.
 
-        subjects: as `"horse; bear"`, each in the prompt; `horse#2` is its second horse. keywords: those of a call.
-        Raises one of USER_ERRORS.
+        subjects: as `"horse; bear"`, each in the prompt; `horse#2` is its second horse. on_step, keywords: those of a
+        call. Raises one of USER_ERRORS.
         """
-        seen = Attention()
-        self.run(self.asked({"prompt": prompt, **keywords, "attention_maps": subjects}), watchers=[seen])
+        seen, asked = Attention(), self.asked({"prompt": prompt, **keywords, "attention_maps": subjects})
+        self.run(asked, watchers=[seen, *watching(on_step)])
         return [seen.done[i] for i in sorted(seen.done)]
 
     def attention_at(self, prompt: str, x: int, y: int, **keywords: Any) -> Place:

@@ -62,7 +62,7 @@ class Stepped(Event):
     """It was denoised by one step."""
 
     step: Step
-    attention: Sheet | None = None  # where it attended to, if that was asked for; of the step's last evaluation
+    attention: Sheet | None = None  # where it attended to as the step began, if that was asked for and evaluated
 
     @property
     def sigma(self) -> float:

@@ -47,8 +47,9 @@ class Files:
         if self.out.is_dir():
             raise SettingsError(f"out: {self.out} is a folder, expected a file's name")
         check_folder("out", self.out.parent)
-        if self.out.exists() and not self.run.exists():
-            raise SettingsError(f"out: {self.out} is there, without the run that made it: expected a new name")
+        for path in (self.out, self.log, self.pictures) if not self.run.exists() else ():
+            if path.exists():
+                raise SettingsError(f"out: {path} is there, without the run that made it: expected a new name")
 
 
 class Log:

@@ -28,10 +28,7 @@ class Attended(NamedTuple):
 
 
 class Controller:
-    """Looks where it is asked, and pushes where that is wanted; of one picture, since it remembers. `term` is its term.
-
-    `seen` is what it saw last.
-    """
+    """Looks where it is asked, and pushes where that is wanted; of one picture, since it remembers. `term` is its term."""
 
     def __init__(
         self,
@@ -49,7 +46,7 @@ class Controller:
         scale, gain: how hard it pushes. until: it rests at lower noise levels. height: of a noise level, by how much
         the step from there lowers it. always: it looks where it rests too.
         """
-        self.seen: Attended | None = None
+        self._seen: Attended | None = None
         self._look, self._cost, self._picked = look, cost, list(picked)
         self._scale, self._gain, self._until, self._height, self._always = scale, gain, until, height, always
         self._ask = Ask()
@@ -57,7 +54,6 @@ class Controller:
         self.term = Term(self._asks, self._act)
 
     def _asks(self, at: Moment) -> Sequence[Ask]:
-        self.seen = None
         if self._cost is not None and float(at.sigma) >= self._until:
             if self._last is not None and self._last[0] != at.step:
                 self._cost = self._cost.next(self._of(self._last[1]))
@@ -74,12 +70,17 @@ class Controller:
 
     def _act(self, velocity: Tensor, given: Given, at: Moment) -> Tensor:
         sight: Sight = given[self._ask]
-        self.seen = Attended(sight.maps)
         if sight.gradient is None:
+            self._seen = self._seen or Attended(sight.maps)
             return velocity
         self._last = at.step, sight.maps
         gradient = sight.gradient.to(velocity)
         sigma = float(at.sigma)
         push = self._scale * self._gain(Push(sigma, self._height(sigma), velocity, gradient)) * gradient
-        self.seen = Attended(sight.maps, sight.cost, gradient.norm(), push.norm() / velocity.norm())
+        self._seen = self._seen or Attended(sight.maps, sight.cost, gradient.norm(), push.norm() / velocity.norm())
         return velocity + push
+
+    def taken(self) -> Attended | None:
+        """What it saw first since this was asked last: where a step began; None where it did not look."""
+        seen, self._seen = self._seen, None
+        return seen
