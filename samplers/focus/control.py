@@ -28,7 +28,7 @@ class Attended(NamedTuple):
 
 
 class Controller:
-    """Looks where it is asked, and pushes where that is wanted; of one picture, since it remembers. `term` is its term."""
+    """Looks where it is asked, and pushes where that is wanted; `term` is its term of a guidance, for one picture."""
 
     def __init__(
         self,
