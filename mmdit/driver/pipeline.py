@@ -26,7 +26,7 @@ from mmdit.common.paths import split_scale
 from mmdit.driver.attention import Attention, AttentionMaps, Place
 from mmdit.driver.focusing import MAPS, found_in, tokens_of
 from mmdit.driver.loading import Parts, load_parts
-from mmdit.driver.loop import Drawing
+from mmdit.driver.loop import Arrivals, Drawing
 from mmdit.driver.options import OF_THE_COMMAND
 from mmdit.driver.preview import Glance
 from mmdit.driver.repeat import settings_of_picture, without_levels
@@ -145,10 +145,17 @@ class Pipeline(Stages):
         return ((drawing.settings[i], image) for i, image in drawing)
 
     def drawing(
-        self, pictures: Sequence[Settings], watchers: Sequence[Watcher] = (), seconds: dict[str, float] | None = None
+        self,
+        pictures: Sequence[Settings],
+        watchers: Sequence[Watcher] = (),
+        seconds: dict[str, float] | None = None,
+        arrivals: Arrivals | None = None,
     ) -> Drawing:
-        """Pictures to be drawn, each with count 1 and as `check` returns it: iterate over it. Raises SettingsError."""
-        return Drawing(self, pictures, watchers, seconds)
+        """Pictures to be drawn, each with count 1 and as `check` returns it: iterate over it. Raises SettingsError.
+
+        arrivals: others that join them (`mmdit.driver.loop`).
+        """
+        return Drawing(self, pictures, watchers, seconds, arrivals)
 
     def asked(self, keywords: dict[str, Any]) -> Settings:
         """What the keywords of a call ask for; SettingsError for an unknown one."""
