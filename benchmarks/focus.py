@@ -91,9 +91,14 @@ def drawn(pipe: Pipeline, prompts: Sequence[Prompt], way: Way, out: Path) -> lis
 
 # ---- ways ------------------------------------------------------------------------------------------
 
-SCALES = {"code": (1, 4, 16, 64), "unit": (300, 1000), "step": (30, 100, 300, 1000), "relative": (0.1, 0.3, 1, 3)}
+SCALES = {"code": (1, 4, 16, 64), "unit": (300, 1000), "step": (30, 100, 300, 1000), "relative": (0.1, 0.3, 1, 3, 10)}
 EARLY, LONG = 0.9, 0.6  # noise levels until which it is pushed
-OTHERS = (0.3, 1, 3)  # scales of the other losses, whose gradients are of other lengths: by the gain that heeds none
+OTHERS = (
+    0.3,
+    1,
+    3,
+    10,
+)  # scales of the other losses, whose gradients are of other lengths: by the gain that heeds none
 
 
 def focused(loss: str, gain: str, scale: float, until: float) -> Way:
@@ -103,7 +108,7 @@ def focused(loss: str, gain: str, scale: float, until: float) -> Way:
 
 def candidates() -> list[Way]:
     early = [focused("focus", gain, scale, EARLY) for gain, scales in SCALES.items() for scale in scales]
-    long = [focused("focus", gain, scale, LONG) for gain in ("unit", "relative") for scale in SCALES[gain]]
+    long = [focused("focus", gain, scale, LONG) for gain in ("unit", "relative") for scale in SCALES[gain][:4]]
     return early + long + [focused(x, "relative", scale, EARLY) for x in COSTS if x != "focus" for scale in OTHERS]
 
 
