@@ -3,11 +3,12 @@
 Of the demo model the truth is known: what it draws of prompts of two, three and four subjects is judged, by plain
 sampling, by FOCUS with each loss, and by other ways to spend the same time. Every way has the same prompts and seeds;
 differences to plain sampling are paired, with 95 % intervals by a bootstrap over prompts. Scales, gains and windows are
-chosen first, on 60 other prompts. The
-prompts are of four groups (`benchmarks.emoji.several`), some of which the demo is bad at.
+chosen first, on 60 other prompts, by how like the pictures are to what was asked for. The prompts are of four groups
+(`benchmarks.emoji.several`), at some of which the demo is bad.
 
-Every picture is a line of OUT/WAY.jsonl, so a run that was cut off goes on. OUT/table.md, OUT/focus.png. `--only TEXT`
-draws just the ways whose names have it, so two processes may share the work; the tables want all.
+Every picture is a line of OUT/WAY.jsonl, so a run that was cut off goes on. OUT/table.md, OUT/focus.png: plain above
+FOCUS, the first prompts where just one of them is right. `--only TEXT` draws just the ways whose names have it, so
+that two processes may share the work, of different texts; the tables want all.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -75,6 +77,7 @@ def drawn(pipe: Pipeline, prompts: Sequence[Prompt], way: Way, out: Path) -> lis
     """A line for each prompt, those that are not there yet drawn now."""
     path = out / f"{way.name}.jsonl"
     there = lines_of(path)
+    assert len(there) <= len(prompts), f"{path}: {len(there)} lines for {len(prompts)} prompts"
     path.write_text("".join(json.dumps(line) + "\n" for line in there))
     for first in range(len(there), len(prompts), CHUNK):
         some, start = prompts[first : first + CHUNK], time.process_time()
@@ -112,7 +115,7 @@ def candidates() -> list[Way]:
     return early + long + [focused(x, "relative", scale, EARLY) for x in COSTS if x != "focus" for scale in OTHERS]
 
 
-def best_of(some: Sequence[Sequence[Line]], by: Callable[[Line], float]) -> list[Line]:
+def best_of(some: Sequence[Sequence[Line]], by: Callable[[Line], Any]) -> list[Line]:
     """Of several pictures of each prompt that which has most; its time is that of all."""
     return [{**max(lines, key=by), "seconds": sum(line["seconds"] for line in lines)} for lines in zip(*some)]
 
@@ -124,7 +127,8 @@ def main_ways(chosen: dict[str, Keywords]) -> list[Way]:
         focused("focus", own["focus_gain"], min(own["focus_scale"] * x, 1000), own["focus_until"]) for x in (0.3, 3)
     ]
     ways = [
-        Way("plain", {}), best[0], focused("focus", "code", 1, 0.9), *best[1:], Way("plain again", {}, again=1),
+        Way("plain", {}), best[0], focused("focus", own["focus_gain"], own["focus_scale"], EARLY),
+        focused("focus", "code", 1, EARLY), *best[1:], Way("plain again", {}, again=1),
         Way("28 steps", {"steps": 2 * STEPS}), Way("guidance 6", {"cfg": 6.0}), *around,
         Way("plain once more", {}, again=2), Way("28 steps, guidance 6", {"steps": 2 * STEPS, "cfg": 6.0}),
     ]  # fmt: skip
@@ -177,12 +181,7 @@ def figure(pipe: Pipeline, prompts: Sequence[Prompt], found: dict[str, list[Line
     whole = Image.new("RGB", (width * len(some), 2 * height + 42), "white")
     pen = ImageDraw.Draw(whole)
     for x, (prompt, *both) in enumerate(zip(some, *images)):
-        pen.text(
-            (x * width + 2, 2),
-            prompt.text.replace(" on ", "\non ").replace(" and ", "\nand "),
-            fill="black",
-            font_size=9,
-        )
+        pen.text((x * width + 2, 2), "\n".join(wrap(prompt.text, 24)), fill="black", font_size=9)
         for y, picture in enumerate(both):
             whole.paste(Image.fromarray(picture), (x * width, 42 + y * height))
     whole.save(path, optimize=True)
@@ -206,6 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--adapter", default=None, metavar="FILE", help="of adjoint matching: drawn plainly with it")
     parser.add_argument("--chosen", type=Path, default=None, metavar="FILE", help="chosen.json of another run")
     parser.add_argument("--only", default="", metavar="TEXT", help="draw ways whose names have this, and no tables")
+    parser.add_argument("--tables", action="store_true", help="of what is drawn already; draw no more")
     parser.add_argument("--share", type=float, default=1.0, help="of the prompts")
     parser.add_argument("--out", type=Path, default=Path("out/focus"))
     args = parser.parse_args(arguments)
@@ -222,17 +222,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         path.write_text(json.dumps(choose(pipe, others, candidates(), choosing), indent=2) + "\n")
     chosen = json.loads(path.read_text())
     print(f"chosen: {json.dumps(chosen)}", flush=True)
-    ways = main_ways(chosen)
-    found = {way.name: drawn(pipe, prompts, way, args.out) for way in ways if args.only in way.name}
-    if args.adapter is not None and args.only in "adapter":
-        adapted = Pipeline.load(args.model, lora=[args.adapter])
-        found["adapter"] = drawn(adapted, prompts, Way("adapter", {}), args.out)
-    if args.only:
-        return
-    figure(pipe, prompts, found, ways[1], args.out / "focus.png")
-    plain = [found[name] for name in ("plain", "plain again", "plain once more")]
-    del found["plain once more"]
-    for n in (2, 3):
+    ways, adapted = main_ways(chosen), Way("adapter", {})
+    if args.tables:
+        there = {way.name: lines_of(args.out / f"{way.name}.jsonl") for way in (*ways, adapted)}
+        found = {name: lines for name, lines in there.items() if len(lines) == len(prompts)}
+    else:
+        found = {way.name: drawn(pipe, prompts, way, args.out) for way in ways if args.only in way.name}
+        if args.adapter is not None and args.only in adapted.name:
+            other = Pipeline.load(args.model, lora=[args.adapter])
+            found[adapted.name] = drawn(other, prompts, adapted, args.out)
+        if args.only:
+            return
+    pushed = next(way for way in ways if way.pushed and way.name in found)
+    figure(pipe, prompts, found, pushed, args.out / "focus.png")
+    plain = [found[name] for name in ("plain", "plain again", "plain once more") if name in found]
+    found.pop("plain once more", None)
+    for n in range(2, len(plain) + 1):
         found[f"best of {n} by FOCUS's cost"] = best_of(plain[:n], lambda line: -line["cost"])
         found[f"best of {n} by the judge (a bound)"] = best_of(plain[:n], lambda x: (x["all right"], x["likeness"]))
     text = tables(found, prompts)
