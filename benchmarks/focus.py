@@ -31,7 +31,7 @@ from samplers.focus import COSTS
 STEPS, SEED, CHOOSING, AGAIN, CHUNK = 14, 60_000_000, 1_000_000, 2_000_000, 24
 COUNTS = {"usual": 108, "loose": 108, "twins": 36, "single": 36}  # prompts
 COUNTS_CHOOSING = {"usual": 12, "loose": 36, "twins": 12}
-SHOWN = 8  # pictures of the figure
+SHOWN, HEAD = 8, 54  # pictures of the figure, pixels over them
 
 Keywords = dict[str, Any]
 Line = dict[str, Any]  # what was found of a picture
@@ -129,7 +129,8 @@ def main_ways(chosen: dict[str, Keywords]) -> list[Way]:
     ways = [
         Way("plain", {}), best[0], focused("focus", own["focus_gain"], own["focus_scale"], EARLY),
         focused("focus", "code", 1, EARLY), *best[1:], Way("plain again", {}, again=1),
-        Way("28 steps", {"steps": 2 * STEPS}), Way("guidance 6", {"cfg": 6.0}), *around,
+        Way("28 steps", {"steps": 2 * STEPS}), Way("guidance 4.5", {"cfg": 4.5}), Way("guidance 6", {"cfg": 6.0}),
+        *around,
         Way("plain once more", {}, again=2), Way("28 steps, guidance 6", {"steps": 2 * STEPS, "cfg": 6.0}),
     ]  # fmt: skip
     return list({way.name: way for way in ways}.values())
@@ -170,21 +171,38 @@ def tables(found: dict[str, list[Line]], prompts: Sequence[Prompt]) -> str:
     return "\n\n".join(told) + "\n"
 
 
+def told_by_cost(plain: Sequence[list[Line]], prompts: Sequence[Prompt]) -> str:
+    """Of a right and a wrong picture, how often the right one costs less: of two prompts, and of one with two seeds."""
+    rows = ["How often the right one of two plain pictures, of which one is wrong, has less of FOCUS's cost:\n",
+            "| | of two prompts | of two seeds of a prompt |\n| --- | --- | --- |"]  # fmt: skip
+    for group in COUNTS:
+        each = [[lines[i] for lines in plain] for i, prompt in enumerate(prompts) if prompt.group == group]
+        cells = [group]
+        for some in ([[lines[0] for lines in each]], each):
+            less = [a["cost"] < b["cost"] for lines in some for a in lines for b in lines
+                    if a["all right"] and not b["all right"]]  # fmt: skip
+            cells.append(f"{sum(less)} of {len(less)}")
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows) + "\n"
+
+
 def figure(pipe: Pipeline, prompts: Sequence[Prompt], found: dict[str, list[Line]], way: Way, path: Path) -> None:
-    """Plain above pushed: the first prompts of which just one is right."""
-    pairs = zip(prompts, found["plain"], found[way.name])
-    some = [prompt for prompt, a, b in pairs if prompt.group != "single" and a["all right"] != b["all right"]][:SHOWN]
+    """Plain above pushed: the first prompts of which just one is right, which has a green mark, the wrong one a red."""
+    both = list(zip(found["plain"], found[way.name]))
+    some = [i for i, (a, b) in enumerate(both) if prompts[i].group != "single" and a["all right"] != b["all right"]]
     if not some:
         return
-    images = [[picture for picture, _ in draw(pipe, some, each)] for each in (Way("plain", {}), way)]
-    height, width = images[0][0].shape[:2]
-    whole = Image.new("RGB", (width * len(some), 2 * height + 42), "white")
+    these = [prompts[i] for i in some[:SHOWN]]
+    rows = [[picture for picture, _ in draw(pipe, these, each)] for each in (Way("plain", {}), way)]
+    side = rows[0][0].shape[0]
+    whole = Image.new("RGB", (side * len(these), 2 * side + HEAD), "white")
     pen = ImageDraw.Draw(whole)
-    for x, (prompt, *both) in enumerate(zip(some, *images)):
-        pen.text((x * width + 2, 2), "\n".join(wrap(prompt.text, 24)), fill="black", font_size=9)
-        for y, picture in enumerate(both):
-            whole.paste(Image.fromarray(picture), (x * width, 42 + y * height))
-    whole.save(path, optimize=True)
+    for x, (i, prompt) in enumerate(zip(some, these)):
+        pen.text((x * side + 2, 2), "\n".join(wrap(prompt.text, 24)), fill="black", font_size=9)
+        for row, line, y in zip(rows, both[i], (HEAD, HEAD + side)):
+            whole.paste(Image.fromarray(row[x]), (x * side, y))
+            pen.rectangle((x * side + 2, y + 2, x * side + 9, y + 9), "lime" if line["all right"] else "red", "white")
+    whole.quantize(256).save(path, optimize=True)
 
 
 # ---- all of it -------------------------------------------------------------------------------------
@@ -240,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for n in range(2, len(plain) + 1):
         found[f"best of {n} by FOCUS's cost"] = best_of(plain[:n], lambda line: -line["cost"])
         found[f"best of {n} by the judge (a bound)"] = best_of(plain[:n], lambda x: (x["all right"], x["likeness"]))
-    text = tables(found, prompts)
+    text = f"{tables(found, prompts)}\n{told_by_cost(plain, prompts)}"
     (args.out / "table.md").write_text(text)
     print(text)
 
