@@ -289,7 +289,7 @@ def test_a_sheet_beside_the_picture_and_a_repeat(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = [PROMPT, "--model", str(folder), "--dtype", "fp32", "--out", str(tmp_path), "--verbose",
-            "--focus", "horse; bear", "--focus-scale", "5", "--attention-maps", "fox; a horse"]  # fmt: skip
+            "--focus", "horse; bear", "--focus-scale", "0.5", "--attention-maps", "fox; a horse"]  # fmt: skip
     assert main(line) == 0
     said = capsys.readouterr()
     picture, sheet = map(Path, said.out.split())

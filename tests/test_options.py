@@ -71,10 +71,10 @@ How it is guided:
 --cache 0.0 X
 Several subjects:
 --focus None TEXT;TEXT
---focus-scale 1.0 X
+--focus-scale 0.3 X
 --focus-loss 'focus' focus,conform,attend-and-excite,divide-and-bind,jedi
 --focus-until 0.9 X
---focus-gain 'code' code,memoryless,unit,step,relative
+--focus-gain 'relative' code,memoryless,unit,step,relative
 --attention-maps None TEXT;TEXT
 Whose picture it is to be:
 --like None stability,diffusers,comfyui,sdcpp,kohya,focus

@@ -57,12 +57,14 @@ class FocusOptions:
         None, "keep these subjects apart, as they stand in the prompt; horse#2 is the second horse", Mark.OWN,
         metavar="TEXT;TEXT", check=_check_subjects,
     )  # fmt: skip
-    focus_scale: float = option(1.0, "how strongly", metavar="X", check=between(0, _STRONGEST))
+    focus_scale: float = option(
+        0.3, "how strongly; with relative, as a share of the velocity", metavar="X", check=between(0, _STRONGEST)
+    )
     focus_loss: str = option("focus", "what it costs that subjects mix", choices=LOSSES)
     focus_until: float = option(
         0.9, "rest where the share of noise is below this; 0: never", metavar="X", check=between(0, 1)
     )
-    focus_gain: str = option("code", "how the strength goes over the steps", choices=GAINS)
+    focus_gain: str = option("relative", "how the strength goes over the steps", choices=GAINS)
     attention_maps: str | None = option(
         None,
         "where the picture attends to these words, as a sheet beside it: NAME.attention.png",
