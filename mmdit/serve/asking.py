@@ -103,13 +103,15 @@ def as_setting(name: str, image: Image.Image) -> Given:
 def written_levels(value: Any) -> str:
     """`sigmas` as numbers, never as a file of them; SettingsError."""
     parts = value.replace(",", " ").split() if isinstance(value, str) else value
-    if not isinstance(parts, list) or not parts:
-        raise wrong("sigmas", value, "falling numbers, as in 1,0.6,0.2")
-    levels = [number(part) if isinstance(part, str) else part for part in parts]
-    for level in levels:
-        if isinstance(level, bool) or not isinstance(level, int | float) or not abs(level) <= 2:
+    levels: list[float] = []
+    for part in parts if isinstance(parts, list) else ():
+        level = number(part) if isinstance(part, str) else part
+        if not isinstance(level, int | float) or not abs(level) <= 2:
             raise wrong("sigmas", value, "falling numbers, as in 1,0.6,0.2")
-    return ",".join(repr(float(level)) for level in levels)
+        levels.append(float(level))
+    if not levels:
+        raise wrong("sigmas", value, "falling numbers, as in 1,0.6,0.2")
+    return ",".join(map(repr, levels))
 
 
 def settings_for(given: Mapping[str, Any], base: Settings) -> Settings:

@@ -4,6 +4,7 @@ import io
 from base64 import b64encode
 from dataclasses import dataclass, fields, replace
 from pathlib import PurePath
+from typing import Any
 
 from PIL import Image
 
@@ -73,7 +74,8 @@ def trouble(error: Exception) -> Trouble:
 
 def file_of(image: Image.Image, settings: Settings | None, form: str = "png", quality: int = 100) -> bytes:
     """A picture's file in one of FORMATS, with the settings inside, none of which names a path of this machine."""
-    data, more = io.BytesIO(), {}
+    data = io.BytesIO()
+    more: dict[str, Any] = {}
     told = None if settings is None else without_paths(settings)
     if form == "png":
         more = {"compress_level": 1} | ({} if told is None else {"pnginfo": png_info(told), "compress_level": 6})
@@ -81,7 +83,8 @@ def file_of(image: Image.Image, settings: Settings | None, form: str = "png", qu
         more = {"quality": quality} if form == "jpeg" or quality < 100 else {"lossless": True}
         if told is not None:
             exif = Image.Exif()
-            exif.get_ifd(_EXIF)[_COMMENT] = b"UNICODE\0" + parameters(told).encode("utf-16-be", "replace")
+            comments: dict[int, Any] = exif.get_ifd(_EXIF)
+            comments[_COMMENT] = b"UNICODE\0" + parameters(told).encode("utf-16-be", "replace")
             more["exif"] = exif.tobytes()
     image.save(data, format=form.upper(), **more)
     return data.getvalue()
