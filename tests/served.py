@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from threading import Event, Thread
+from threading import Event, Semaphore, Thread
 from typing import Any
 
 import numpy as np
@@ -97,31 +97,46 @@ def wait(done: Any) -> None:
         time.sleep(0.01)
 
 
-@dataclass
 class Gate:
-    """Stands between the steps of a studio: none is taken until it is open."""
+    """Stands between the steps of a studio: none is taken until it is let, or the gate is open."""
 
-    opened: Event = field(default_factory=Event)
-    reached: Event = field(default_factory=Event)
-    steps: list[int] = field(default_factory=list)  # the seeds that took each
+    def __init__(self) -> None:
+        self.reached = Event()
+        self.steps: list[int] = []  # the seeds that took each
+        self.shut()
+
+    def shut(self) -> None:
+        self._open, self._permits = False, Semaphore(0)
+        self.steps.clear()
+        self.reached.clear()
+
+    def let(self, steps: int) -> None:
+        self._permits.release(steps)
+
+    def open(self) -> None:
+        self._open = True
+        self.let(1000)
+
+    def step(self, seed: int) -> None:
+        self.steps.append(seed)
+        self.reached.set()
+        assert self._open or self._permits.acquire(timeout=30)
 
 
 @contextmanager
 def gated(studio: Studio) -> Iterator[Gate]:
-    """A studio that waits after each step until the gate is open, which it is at the end."""
+    """A studio that waits before each step is told until it is let; at the end the gate is open."""
     gate, step = Gate(), studio.stepped
 
     def stepped(place: Any, look: Any) -> None:
-        gate.steps.append(place.settings.seed)
-        gate.reached.set()
-        gate.opened.wait(30)
+        gate.step(place.settings.seed)
         step(place, look)
 
     studio.stepped = stepped  # type: ignore[method-assign]
     try:
         yield gate
     finally:
-        gate.opened.set()
+        gate.open()
         wait(lambda: not studio.busy)
         del studio.stepped
 

@@ -163,7 +163,7 @@ def test_requests_of_one_kind_are_drawn_together(served: Served) -> None:
         asks = [{**EXTRA, "seed": seed, "steps": 3 if seed == 4 else 4} for seed in range(1, 5)]
         later = [pool.submit(client.images.generate, prompt="a fox", size=SIZE, extra_body=more) for more in asks]
         wait(lambda: served.metric("mmdit_queue_pictures") == 4)
-        gate.opened.set()
+        gate.open()
         first.result()
         for future, more in zip(later, asks):
             seen = drawn((future.result().data or [])[0].b64_json)
@@ -175,7 +175,7 @@ def test_whoever_leaves_frees_the_place_at_the_next_step(served: Served) -> None
     """Of a request and of a stream; one that waits is never begun."""
     with gated(served.studio) as gate:
         for stream in (False, True):
-            gate.steps.clear(), gate.reached.clear(), gate.opened.clear()
+            gate.shut()
             said = {"prompt": "a horse", "size": SIZE, "steps": 20, "seed": 5, "stream": stream, "partial_images": 3}
             with ThreadPoolExecutor(1) as pool, httpx2.Client(timeout=1.0) as client:
                 future = pool.submit(client.post, f"{served.url}/v1/images/generations", json=said)
@@ -183,7 +183,7 @@ def test_whoever_leaves_frees_the_place_at_the_next_step(served: Served) -> None
                 with pytest.raises(httpx2.ReadTimeout):
                     future.result()
             wait(lambda: all(place.dropped for place in served.studio._drawing))
-            gate.opened.set()
+            gate.open()
             wait(lambda: not served.studio.busy)
             assert gate.steps == [5]
     wait(lambda: sum(line["status"] == 499 for line in served.log) >= 1)
@@ -202,7 +202,7 @@ def test_a_full_queue_says_when_to_come_again(served: Served) -> None:
             served.client().images.generate(prompt="a horse", size=SIZE)
         assert 1 <= int(caught.value.response.headers["retry-after"]) <= 120
         assert caught.value.code == "queue_full" and "12 pictures wait or are drawn" in caught.value.message
-        gate.opened.set()
+        gate.open()
         assert [len(future.result().json()["data"]) for future in futures] == [10, 2]
 
 
@@ -270,15 +270,18 @@ def test_jobs_are_watched_interrupted_and_skipped_by_name(served: Served) -> Non
             second = pool.submit(served.post, "/sdapi/v1/txt2img", {**said, "steps": 2, "force_task_id": "two"})
             wait(lambda: served.get("/sdapi/v1/progress?id_task=two").json()["textinfo"] == "waiting")
             assert served.get("/sdapi/v1/progress?id_task=none").json()["state"]["job"] == ""
-            served.get("/sdapi/v1/progress")
-            gate.opened.set()
-            for _ in range(2):
-                served.get("/sdapi/v1/progress?id_task=one")
+            assert served.get("/sdapi/v1/progress").json()["current_image"] is None  # asks for one
+            gate.let(2)
+            wait(lambda: len(gate.steps) == 3)
+            told = served.get("/sdapi/v1/progress?id_task=one").json()
+            assert drawn(told["current_image"]).shape == (48, 64, 3) and told["progress"] == 0.1
+            assert told["state"]["sampling_step"] == 2 and told["eta_relative"] > 0
             assert served.post(f"/sdapi/v1/{call}", {"id_task": "one"}).json() == {}
+            gate.open()
             answer = first.result().json()
             assert answer["images"] == [] and json.loads(answer["info"])["all_seeds"] == [5]
             assert len(second.result().json()["images"]) == 1
-            assert gate.steps.count(5) < 22
+            assert gate.steps == [5] * 5  # three, and the two of the second
 
 
 def test_names_of_the_web_ui_that_cannot_be(served: Served) -> None:

@@ -107,7 +107,7 @@ def check_options(settings: Any) -> None:
                 raise wrong(f.name, value, f"one of {', '.join(told['choices'])}")
             continue
         of = of_each(type(settings), f.name)
-        for one in value if isinstance(value, tuple) else (value,):
+        for one in value if isinstance(value, tuple) and kind(type(settings), f.name) is tuple else (value,):
             _TYPES[of](f.name, one)
             if told["check"]:
                 told["check"](f.name, one)

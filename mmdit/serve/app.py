@@ -24,6 +24,7 @@ from mmdit.serve.studio import Studio
 
 _CLOSING = 5  # seconds that answers have to be sent, at the end
 _TICK = 0.05
+_BACKLOG = 2048  # connections that wait to be taken
 
 
 class State:
@@ -120,13 +121,16 @@ def loaded(options: ServeOptions) -> Pipeline:
 
 def listening(options: ServeOptions) -> socket.socket:
     """A socket at the address of the options; SettingsError where it cannot be had."""
+    found = None
     try:
         family, *_, address = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0]
         found = socket.socket(family, socket.SOCK_STREAM)
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(address)
-        found.listen(2048)
+        found.listen(_BACKLOG)
     except OSError as error:
+        if found is not None:
+            found.close()
         raise SettingsError(f"cannot listen at {options.host}:{options.port}: {error.strerror or error}") from None
     return found
 

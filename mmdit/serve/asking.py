@@ -106,7 +106,7 @@ def written_levels(value: Any) -> str:
     levels: list[float] = []
     for part in parts if isinstance(parts, list) else ():
         level = number(part) if isinstance(part, str) else part
-        if not isinstance(level, int | float) or not abs(level) <= 2:
+        if isinstance(level, bool) or not isinstance(level, int | float) or not abs(level) <= 2:
             raise wrong("sigmas", value, "falling numbers, as in 1,0.6,0.2")
         levels.append(float(level))
     if not levels:
@@ -131,7 +131,7 @@ def settings_for(given: Mapping[str, Any], base: Settings) -> Settings:
         for one in _each(value):
             if isinstance(one, str) and len(one) > _CHARACTERS:
                 raise SettingsError(f"{name} has {len(one)} characters: expected at most {_CHARACTERS}")
-        found[name] = tuple(value) if isinstance(value, list) else value
+        found[name] = tuple(value) if isinstance(value, list) and kind(Settings, name) is tuple else value
     also = found.get("also", ())
     if isinstance(also, tuple) and len(also) > _TEXTS:
         raise SettingsError(f"also has {len(also)} texts: expected at most {_TEXTS}")

@@ -267,9 +267,8 @@ class Studio:
                     self._waiting.extendleft(place for place in reversed(self._drawing) if not place.dropped)
             for ticket in tickets if len(tickets) == 1 else ():
                 self.end(ticket, error)
-        finally:
-            with self._changed:
-                self._drawing = []
+        with self._changed:
+            self._drawing = []
 
     def _draw(self, batch: list[Place]) -> None:
         """Draw these, which are of one kind: each step to `stepped`, each result to `drawn`, dropped ones let go."""
