@@ -38,6 +38,7 @@ from samplers.options import SAMPLERS, SPACINGS
 _FITS = {0: "stretch", 1: "crop", 2: "pad"}  # its `resize_mode`
 _STRENGTH = 0.75  # its `denoising_strength`
 _INTERRUPTED = "interrupted"
+_LONGEST = 200  # characters of a job's name
 
 
 def error_body(told: Trouble) -> dict[str, Any]:
@@ -71,7 +72,7 @@ class Automatic:
 
     def __init__(self, front: Front) -> None:
         self._front = front
-        self._jobs: dict[str, Job] = {}
+        self._jobs: dict[tuple[str, str], Job] = {}  # by owner and name
 
     def routes(self) -> list[Route]:
         post = {
@@ -105,9 +106,9 @@ class Automatic:
     async def _draw(self, request: Request, said: dict[str, Any], given: dict[str, Any]) -> Response:
         client = request.scope.get("client_of_key", ANYONE)
         name = said.get("force_task_id") or secrets.token_hex(8)
-        if not isinstance(name, str) or len(name) > 200 or name in self._jobs:
+        if not isinstance(name, str) or len(name) > _LONGEST or (client.name, name) in self._jobs:
             raise SettingsError(f"force_task_id is {shown(name)}: expected a text that no job has")
-        job = self._jobs[name] = Job(name, client.name)
+        job = self._jobs[client.name, name] = Job(name, client.name)
         try:
             async with await self._front.ask(request, given, _count(said), job.look) as asked:
                 job.asked = asked
@@ -120,7 +121,7 @@ class Automatic:
             every = asked.pictures if not drawn else [one.settings for one in drawn]
             return JSONResponse({"images": images, "parameters": said, "info": json.dumps(_info(every, drawn))})
         finally:
-            del self._jobs[name]
+            del self._jobs[client.name, name]
 
     # ---- jobs ------------------------------------------------------------------------------------
 

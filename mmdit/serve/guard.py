@@ -1,5 +1,6 @@
 """What stands before every route: who may ask, how much, and a line in the log."""
 
+import asyncio
 import json
 import time
 import traceback
@@ -22,6 +23,7 @@ from mmdit.serve.replies import GONE, RefusedError, Trouble, trouble
 
 _OPEN = {"/health", "/ready"}  # without a key
 _LOCAL = {"localhost", "127.0.0.1", "::1"}
+_PATIENCE = 60  # seconds that a client may send nothing in the middle of a request
 _LONGEST = 200  # characters of an address in the log
 
 
@@ -107,17 +109,20 @@ class Guard:
         return None
 
     def _counted(self, headers: Headers, receive: Receive) -> Receive:
-        """Refuses bodies that are, or say that they are, too large."""
+        """Refuses bodies that are, or say that they are, too large, and those that do not come."""
         most = self._options.most_megabytes * 10**6
         refused = RefusedError(413, f"the request is larger than {self._options.most_megabytes} MB", "too_large")
-        length, seen = headers.get("content-length", "0"), 0
+        length, seen, whole = headers.get("content-length", "0"), 0, False
 
         async def counting() -> Message:
-            nonlocal seen
+            nonlocal seen, whole
             if length.isdecimal() and int(length[:20]) > most:
                 raise refused
-            message = await receive()
-            seen += len(message.get("body", b""))
+            try:
+                message = await asyncio.wait_for(receive(), None if whole else _PATIENCE)
+            except TimeoutError:
+                raise RefusedError(408, f"nothing came for {_PATIENCE} s", "timeout") from None
+            seen, whole = seen + len(message.get("body", b"")), not message.get("more_body", False)
             if seen > most:
                 raise refused
             return message

@@ -16,6 +16,7 @@ from mmdit.driver.settings import Settings
 from mmdit.driver.stages import NotFiniteError
 from mmdit.memory.budget import DeviceMemoryError
 from mmdit.serve.events import ClosedError, DiedError, FullError, LetGoError
+from text_encoders import TokenizerError
 
 FORMATS = ("png", "jpeg", "webp")
 _EXIF, _COMMENT = 0x8769, 0x9286  # of EXIF 2.32, section 4.6
@@ -51,7 +52,7 @@ def trouble(error: Exception) -> Trouble:
     match error:
         case RefusedError():
             return Trouble(error.status, error.message, error.code, error.param)
-        case SettingsError():
+        case SettingsError() | TokenizerError():
             name = text.split(" ")[0].rstrip(":")
             known = name in {f.name for f in fields(Settings)}
             return Trouble(400, text, "invalid_value", name if known else None)

@@ -203,12 +203,12 @@ class Studio:
         return min(max(1, math.ceil(seconds)), _LONGEST_WAIT)
 
     def _tell(self, ticket: Ticket, event: Event) -> None:
-        """Whoever asked may be gone; that is no matter of the others."""
+        """What goes wrong with whoever asked is no matter of the others."""
         try:
             ticket.tell(event)
-        except Exception:
+        except Exception as error:
             if not isinstance(event, Ended):
-                self.end(ticket, LetGoError("left"))
+                self.end(ticket, error)
 
     # ---- in the thread that draws ----------------------------------------------------------------
 
@@ -240,10 +240,18 @@ class Studio:
                 if self._finished:
                     return
                 first = self._waiting[0]
-                alike = [place for place in self._waiting if self._goes_with(first, place)][:_TOGETHER]
-                self._waiting = deque(place for place in self._waiting if place not in alike)
-                self._drawing = alike
-            yield alike
+            yield self.take(first, _TOGETHER)
+
+    def take(self, first: Place, most: int) -> list[Place]:
+        """So many at most of those that wait and go with this one, the oldest first: from now on they are drawn."""
+        with self._changed:
+            taken = [place for place in self._waiting if self._goes_with(first, place)][:most]
+            self._waiting = deque(place for place in self._waiting if place not in taken)
+            self._drawing = [*self._drawing, *taken]
+        now = time.monotonic()
+        for place in taken:
+            self.metrics.observe("mmdit_queue_seconds", now - place.since)
+        return taken
 
     def _goes_with(self, first: Place, place: Place) -> bool:
         if (first.ticket.alone or place.ticket.alone) and first.ticket is not place.ticket:
@@ -252,12 +260,11 @@ class Studio:
 
     def _attempt(self, batch: list[Place]) -> None:
         """Draw a batch. Where it fails, each of its requests is tried once more alone: only one may be the cause."""
-        self._last = now = time.monotonic()
+        self._last = time.monotonic()
         self.metrics.observe("mmdit_batch_pictures", len(batch))
-        for place in batch:
-            self.metrics.observe("mmdit_queue_seconds", now - place.since)
         try:
-            self._draw(batch)
+            if batch:  # else they were let go in the meantime
+                self._draw(batch)
         except Exception as error:
             tickets = {place.ticket: None for place in self._drawing}
             with self._changed:
@@ -271,7 +278,11 @@ class Studio:
             self._drawing = []
 
     def _draw(self, batch: list[Place]) -> None:
-        """Draw these, which are of one kind: each step to `stepped`, each result to `drawn`, dropped ones let go."""
+        """Draw these, which are of one kind.
+
+        Each step goes to `stepped` and each result to `drawn`; a place that is `dropped` is let go at its next step;
+        `take` gives more that may join. What is raised is the matter of all that are in `_drawing` then.
+        """
         seconds: dict[str, float] = {}
         drawing = self.pipeline_owned.drawing([place.settings for place in batch], [Telling(self, batch)], seconds)
         for i, image in drawing:
