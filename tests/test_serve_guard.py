@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import zlib
@@ -172,9 +173,10 @@ def test_forms_that_are_none(served: Served) -> None:
                     answer = client.post(f"/v1/images/{path}", content=body, headers=headers)
                     assert answer.status_code == 400 and answer.json()["error"]["message"], (headers, body)
         whole = file_of(scene())
-        for data in (b"", b"x", whole[:60], whole[:-30], b"GIF89a" + whole, bomb(30_000)):
+        for data in (b"", b"x", whole[:60], whole[:-30], b"GIF89a" + whole, bomb(6000)):
             answer = client.post("/v1/images/edits", data={"prompt": "a"}, files={"image": data})
             assert answer.status_code == 400, data[:20]
+        assert "is 6000x6000: expected at most 25000000 pixels" in answer.json()["error"]["message"]
 
 
 def bomb(side: int) -> bytes:
@@ -192,6 +194,10 @@ def test_bodies_that_are_too_large(served: Served) -> None:
     with pytest.raises(openai.APIStatusError, match="larger than 1 MB") as caught:
         served.client().images.generate(prompt="a", extra_body={"init": "x" * 1_100_000})
     assert caught.value.status_code == 413
+    host, _, port = served.url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), 30) as said:
+        said.sendall(f"POST {DRAW} HTTP/1.1\r\nHost: {host}\r\nContent-Length: 1000001\r\n\r\n".encode())
+        assert said.recv(100).startswith(b"HTTP/1.1 413")
     pieces = (b"x" * 100_000 for _ in range(12))
     assert httpx2.post(served.url + DRAW, content=pieces, timeout=60).status_code == 413
 
@@ -306,6 +312,7 @@ def test_what_takes_too_long_is_let_go() -> None:
         gate.open()
         wait(lambda: not served.studio.busy)
         assert gate.steps == [1]
+        assert served.studio.metrics.value("mmdit_cancelled_total", reason="timeout") == 1
 
 
 # ---- beginning and end ---------------------------------------------------------------------------
