@@ -174,6 +174,23 @@ def test_the_queue_is_bounded_by_pictures_and_by_owner() -> None:
         assert heard.error is None
 
 
+def test_pictures_that_were_sent_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that unfinished requests hold, each once; one request alone is always taken."""
+    monkeypatch.setattr("mmdit.serve.studio._SENT", 100)
+    sent = [Settings(init=Image.new("RGB", (8, 8), (i, 0, 0)), mask=Image.new("L", (8, 4))) for i in range(2)]  # type: ignore[arg-type]
+    own = [{"init": s.init, "mask": s.mask, "strength": 1.0} for s in sent]
+    with studio() as (found, pipe):
+        heard = Heard()
+        found.submit(asked(1, 2, 3, **own[0]), heard.append)
+        found.submit(asked(4), Heard().append)
+        with pytest.raises(FullError, match="fill the memory"):
+            found.submit(asked(5, **own[1]), Heard().append)
+        pipe.gate.open()
+        assert heard.error is None
+        wait(lambda: not found.busy)
+        found.submit(asked(5, **own[1]), Heard().append)
+
+
 def test_the_wait_is_that_of_the_pace() -> None:
     """So many steps of so many pixels, twice with guidance; between a second and two minutes."""
     with studio(most=4) as (found, pipe):

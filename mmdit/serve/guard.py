@@ -24,6 +24,7 @@ from mmdit.serve.replies import GONE, RefusedError, Trouble, trouble
 _OPEN = {"/health", "/ready"}  # without a key
 _LOCAL = {"localhost", "127.0.0.1", "::1"}
 _PATIENCE = 60  # seconds that a client may send nothing in the middle of a request
+_AT_ONCE = 16  # of the largest bodies, in all that is being answered
 _LONGEST = 200  # characters of an address in the log
 
 
@@ -42,12 +43,14 @@ class Guard:
         """paths: those of the routes; others are one in the metrics."""
         self._app, self._options, self._keys, self._metrics = app, options, keys, metrics
         self._paths, self._log = paths, log
+        self._held = 0  # bytes of the bodies of requests that are being answered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         assert scope["type"] == "http", scope["type"]
         start, status = time.perf_counter(), GONE
         headers, path = Headers(scope=scope), scope["path"]
         log: dict[str, Any] = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "method": scope["method"]}
+        log["bytes"] = 0
         scope["log"], scope["app"] = log, self  # with an application routes raise what they answer otherwise
         allowed = headers.get("origin") is not None and headers["origin"] == self._options.origin
 
@@ -64,7 +67,7 @@ class Guard:
         try:
             try:
                 answer = self._checked(scope, headers, allowed)
-                await (answer or self._app)(scope, self._counted(headers, receive), sending)
+                await (answer or self._app)(scope, self._counted(log, headers, receive), sending)
             except ClientDisconnect:
                 pass
             except Exception as error:
@@ -75,6 +78,7 @@ class Guard:
                     body = (automatic if path.startswith("/sdapi/") else openai).error_body(told)
                     await JSONResponse(body, told.status, told.headers)(scope, receive, sending)
         finally:
+            self._held -= log["bytes"]
             seconds, route = time.perf_counter() - start, path if path in self._paths else "other"
             self._metrics.add("mmdit_requests_total", route=route, status=str(status))
             self._metrics.observe("mmdit_request_seconds", seconds, route=route)
@@ -108,23 +112,27 @@ class Guard:
             scope["log"]["client"] = client.name
         return None
 
-    def _counted(self, headers: Headers, receive: Receive) -> Receive:
+    def _counted(self, log: dict[str, Any], headers: Headers, receive: Receive) -> Receive:
         """Refuses bodies that are, or say that they are, too large, and those that do not come."""
         most = self._options.most_megabytes * 10**6
         refused = RefusedError(413, f"the request is larger than {self._options.most_megabytes} MB", "too_large")
-        length, seen, whole = headers.get("content-length", "0"), 0, False
+        length, whole = headers.get("content-length", "0"), False
 
         async def counting() -> Message:
-            nonlocal seen, whole
+            nonlocal whole
             if length.isdecimal() and int(length[:20]) > most:
                 raise refused
             try:
                 message = await asyncio.wait_for(receive(), None if whole else _PATIENCE)
             except TimeoutError:
                 raise RefusedError(408, f"nothing came for {_PATIENCE} s", "timeout") from None
-            seen, whole = seen + len(message.get("body", b"")), not message.get("more_body", False)
-            if seen > most:
+            size, whole = len(message.get("body", b"")), not message.get("more_body", False)
+            log["bytes"] += size
+            self._held += size
+            if log["bytes"] > most:
                 raise refused
+            if self._held > _AT_ONCE * most:
+                raise RefusedError(503, "other requests are too large just now", "busy")
             return message
 
         return counting

@@ -14,15 +14,18 @@ from threading import Condition, Thread
 
 from PIL import Image
 
+from mmdit.common.options import Mark, marked
 from mmdit.driver import watch
 from mmdit.driver.loop import kind
 from mmdit.driver.pipeline import Pipeline
 from mmdit.driver.settings import Settings
+from mmdit.images.given import Given
 from mmdit.images.options import steps_of
 from mmdit.serve.events import ClosedError, DiedError, Drawn, Ended, Event, FullError, LetGoError, Stepped, Tell
 from mmdit.serve.metrics import Labels, Metrics
 
 _TOGETHER = 8  # pictures that are drawn in one go: while they are, no others begin
+_SENT = 2**28  # pixels of pictures that unfinished requests hold, three bytes each
 _LONGEST_WAIT = 120  # seconds of Retry-After; clients give up where it is more
 _UNKNOWN_WAIT = 5  # seconds, where no step was taken yet
 _FADES = 0.98  # what counts of the pace before, at each step
@@ -59,6 +62,7 @@ class Ticket:
     def __init__(self, studio: "Studio", pictures: Sequence[Settings], tell: Tell, owner: str) -> None:
         self._studio, self.tell, self.owner = studio, tell, owner
         self.places = [Place(self, i, s) for i, s in enumerate(pictures)]
+        self.sent = sum(image.width * image.height for image in sent_with(pictures))
         self.left = len(self.places)  # neither drawn nor dropped
         self.ended = False
         self.alone = False  # it was in a batch that failed
@@ -125,6 +129,9 @@ class Studio:
                     whose = "" if places is every else " of this key"
                     raise FullError(f"{len(places)} pictures{whose} wait or are drawn, {limit} at most", seconds)
             ticket = Ticket(self, pictures, tell, owner)
+            held = sum(other.sent for other in {place.ticket for place in every})
+            if held and held + ticket.sent > _SENT:
+                raise FullError("the pictures that other requests sent fill the memory", self._until(every, len(every)))
             self._waiting.extend(ticket.places)
             self._changed.notify_all()
         return ticket
@@ -334,6 +341,17 @@ class Telling(watch.Watcher):
             self._studio.stepped(place, lambda: self._studio.pipeline_owned.preview(event.denoised))
         if place.dropped:
             event.stop()
+
+
+def sent_with(pictures: Sequence[Settings]) -> list[Image.Image]:
+    """The pictures that these settings hold, each once."""
+    found: dict[str, Image.Image] = {}
+    for s in pictures:
+        for name in marked(Settings, Mark.PICTURE):
+            value = getattr(s, name)
+            every = value if isinstance(value, tuple) else (value,)
+            found |= {one.content: one.image for one in every if isinstance(one, Given)}
+    return [*found.values()]
 
 
 def held_by(pipeline: Pipeline) -> int | None:
