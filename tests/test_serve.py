@@ -121,7 +121,7 @@ def test_models(served: Served) -> None:
 @pytest.mark.parametrize(
     ("extra", "said", "param"),
     [
-        ({"stepz": 3}, "did you mean steps?", None),
+        ({"stepz": 3}, "did you mean steps?", "stepz"),
         ({"steps": 0}, "steps is 0", "steps"),
         ({"steps": 151}, "expected at most 150", "steps"),
         ({"width": 4096}, "expected at most 2048", "width"),

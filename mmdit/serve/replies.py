@@ -1,6 +1,7 @@
 """What goes back: pictures as files, and errors."""
 
 import io
+import re
 from base64 import b64encode
 from dataclasses import dataclass, fields, replace
 from pathlib import PurePath
@@ -53,8 +54,9 @@ def trouble(error: Exception) -> Trouble:
         case RefusedError():
             return Trouble(error.status, error.message, error.code, error.param)
         case SettingsError() | TokenizerError():
-            name = text.split(" ")[0].rstrip(":")
-            known = name in {f.name for f in fields(Settings)}
+            unknown = re.match(r"no setting '(\w+)'", text)
+            name = unknown[1] if unknown else text.split(" ")[0].rstrip(":")
+            known = unknown or name in {f.name for f in fields(Settings)}
             return Trouble(400, text, "invalid_value", name if known else None)
         case FullError():
             return Trouble(429, f"{text}: try again in {error.seconds} s", "queue_full", None, error.seconds)
