@@ -55,6 +55,12 @@ def option(
     return field(default=default, metadata=told)
 
 
+def same(room: type, name: str) -> Any:
+    """An option that is declared elsewhere already."""
+    f = next(f for f in fields(room) if f.name == name)
+    return field(default=f.default, metadata=f.metadata)
+
+
 def marked(options: Any, mark: Mark) -> tuple[str, ...]:
     """Names of the fields, of a class or of one of its values, that have this mark."""
     return tuple(f.name for f in fields(options) if mark in f.metadata["marks"])
@@ -101,7 +107,7 @@ def check_options(settings: Any) -> None:
                 raise wrong(f.name, value, f"one of {', '.join(told['choices'])}")
             continue
         of = of_each(type(settings), f.name)
-        for one in value if isinstance(value, tuple) else (value,):
+        for one in value if isinstance(value, tuple) and kind(type(settings), f.name) is tuple else (value,):
             _TYPES[of](f.name, one)
             if told["check"]:
                 told["check"](f.name, one)

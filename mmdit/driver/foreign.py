@@ -61,7 +61,7 @@ class Reading:
         self.take(name, text, told)
         if "(" in text or ("[" in text and self.settings.get("like") is None):
             self.take("emphasis", True, "weights of words")
-        if len(text.encode()) > _SHORT:
+        if len(text.encode(errors="replace")) > _SHORT:
             self.take("long_prompts", True, "long prompts")
 
     def sampler(self, name: str, told: str) -> None:

@@ -50,7 +50,7 @@ def filled(given: Mapping[str, Any], of_base: Mapping[str, Any] | None = None) -
     of_base: settings that hold where nothing is given, for what `t5` comes to.
     """
     like = given.get("like")
-    if like not in RULES or like is None:
+    if not isinstance(like, str) or like not in RULES:
         return dict(given)
     rules = RULES[like]
     base = of_base or {}

@@ -41,15 +41,21 @@ def save_image(image: Image.Image, settings: Settings, path: Path) -> Path:
     Where `settings.out` names a file, that is `path`, and is replaced if it is there. In a folder `path` is the first
     name to try: what is there is never replaced, not even if it came there a moment ago.
     """
-    info = PngImagePlugin.PngInfo()
-    info.add_text("parameters", parameters(settings))
-    info.add_text("mmdit", json.dumps(asdict(settings), ensure_ascii=False))
+    info = png_info(settings)
     with _written(path) as written:
         image.save(written, format="PNG", pnginfo=info)
         if not is_file(settings.out):
             return next(name for name in itertools.chain([path], names(settings)) if put_new(written, name))
         put(written, path)
         return path
+
+
+def png_info(settings: Settings) -> PngImagePlugin.PngInfo:
+    """What a picture's file says of how it was drawn."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text("parameters", parameters(settings))
+    info.add_text("mmdit", json.dumps(asdict(settings), ensure_ascii=False))
+    return info
 
 
 def save_dump(write: Callable[[Path], object], path: Path) -> None:

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import Image
 
@@ -59,14 +59,28 @@ def settings_of_picture(path: str | Path) -> tuple[dict[str, Any], list[str]]:
     return settings, found.left_out
 
 
+def settings_of_texts(texts: Mapping[str, str]) -> dict[str, Any]:
+    """Settings that the texts in a picture's head name, as `settings_of_picture` finds them; none where there are none.
+
+    Raises SettingsError where this program's own are damaged.
+    """
+    found = _own(Path("the picture"), texts["mmdit"]) if "mmdit" in texts else _foreign(texts)
+    return {} if found is None else found.settings
+
+
 def _texts(path: Path) -> dict[str, str]:
     """The texts in a picture's head by their names, the EXIF comment as `comment`; SettingsError."""
     if not path.is_file():
         raise SettingsError(f"from_png: {path}: {'not a regular file' if path.exists() else 'no such file'}")
+    return texts_in(path, str(path))
+
+
+def texts_in(file: Path | BinaryIO, path: str) -> dict[str, str]:
+    """The same of a file that is open; path: what it is called in messages."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of what it skips; no pixel is looked at
-            with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
+            with Image.open(file, formats=("PNG", "JPEG", "WEBP")) as image:
                 if image.width * image.height > _PIXELS:
                     raise SettingsError(
                         f"{path}: claims {image.width}x{image.height} pixels: no picture drawn has so many"

@@ -48,21 +48,29 @@ def read_parameters(text: str) -> Reading | None:
         rng = pairs.get("RNG", "GPU").strip()
         found.take("rng", _RNG.get(rng.lower()), f"RNG {rng}"[:80])
     if "Sampler" in pairs:
-        _read_sampler(found, pairs["Sampler"].strip(), pairs.get("Schedule type", "").strip())
+        read_sampler(found, pairs["Sampler"].strip(), pairs.get("Schedule type", "").strip())
     return found
 
 
 def _read_prompts(found: Reading, lines: list[str]) -> None:
     start = next((i for i, line in enumerate(lines) if line.startswith(_NEGATIVE)), len(lines))
     negative = "\n".join(lines[start:]).removeprefix(_NEGATIVE)
-    for name, text in (("prompt", "\n".join(lines[:start])), ("negative", negative)):
+    read_prompts(found, "\n".join(lines[:start]), negative)
+
+
+def read_prompts(found: Reading, prompt: str, negative: str) -> None:
+    """What is to be drawn and what not, as its users write it."""
+    for name, text in (("prompt", prompt), ("negative", negative)):
         for network in _NETWORK.findall(text):
             found.leave(network)
         found.text(name, _NETWORK.sub("", text).strip(), name)
 
 
-def _read_sampler(found: Reading, sampler: str, schedule: str) -> None:
-    """Of old, a schedule was the last word of the sampler's name, as in DPM++ 2M Karras."""
+def read_sampler(found: Reading, sampler: str, schedule: str) -> None:
+    """Solver and noise levels by their names there.
+
+    Of old, a schedule was the last word of the sampler's name, as in DPM++ 2M Karras.
+    """
     first, _, word = sampler.rpartition(" ")
     told = f"Sampler {sampler}"[:80]
     if plain(sampler) not in SAMPLERS and not schedule and plain(word) in SCHEDULES:

@@ -1,10 +1,10 @@
 """What a user may say of fine-tuning."""
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from mmdit.common.errors import SettingsError
-from mmdit.common.options import Mark, check_options, from_one, from_one_to, option, wrong
+from mmdit.common.options import Mark, check_options, from_one, from_one_to, option, same, wrong
 from mmdit.driver.options import FocusOptions, ModelOptions, PictureOptions
 from mmdit.memory.options import MemoryOptions
 from mmdit.options import ComputeOptions
@@ -14,12 +14,6 @@ from text_encoders.options import TextOptions
 _MOST = 1_000_000  # iterations
 _MOST_AT_ONCE = 1000  # trajectories, steps, rank
 _MOST_SEED = 2**63 - 1
-
-
-def same(room: type, name: str) -> Any:
-    """An option that is declared elsewhere already."""
-    f = next(f for f in fields(room) if f.name == name)
-    return field(default=f.default, metadata=f.metadata)
 
 
 def _from_zero(name: str, value: Any) -> None:

@@ -96,6 +96,14 @@ def _decoded(name: str, given: str) -> Image.Image:
     return _open(name, given, _bytes(name, given))
 
 
+def picture_in(name: str, data: bytes, most: int | None = None) -> Image.Image:
+    """The picture that a file holds, as it is stored, with its pixels; raises as `read_picture` does.
+
+    most: pixels that it may claim to have, if not MOST_PIXELS; looked at before any is decoded.
+    """
+    return _open(name, "the picture", data, most)
+
+
 def check_image(name: str, image: Image.Image) -> None:
     """Raise SettingsError for a picture of Python's that is too large or cannot be read."""
     what = getattr(image, "filename", "") or "the picture"
@@ -116,12 +124,12 @@ def _bytes(name: str, given: str) -> bytes:
         raise SettingsError(f"{name}: {given}: {error.strerror or error}") from None
 
 
-def _open(name: str, given: str, data: bytes) -> Image.Image:
+def _open(name: str, given: str, data: bytes, most: int | None = None) -> Image.Image:
     if (size := _claimed_size(data)) is not None:  # Pillow makes room for all of a WebP as it opens it
-        _check_size(name, given, *size)
+        _check_size(name, given, *size, most)
     with _told(name, given):
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-    _check_size(name, given, *image.size)
+    _check_size(name, given, *image.size, most)
     with _told(name, given):
         image.load()
     return image
@@ -151,9 +159,10 @@ def _told(name: str, given: str) -> Iterator[None]:
         raise SettingsError(f"{name}: {given}: is damaged: {said:.100}") from None
 
 
-def _check_size(name: str, given: str, width: int, height: int) -> None:
-    if width * height > MOST_PIXELS:
-        raise SettingsError(f"{name}: {given}: is {width}x{height}: expected at most {MOST_PIXELS} pixels")
+def _check_size(name: str, given: str, width: int, height: int, most: int | None = None) -> None:
+    most = MOST_PIXELS if most is None else most
+    if width * height > most:
+        raise SettingsError(f"{name}: {given}: is {width}x{height}: expected at most {most} pixels")
     if width * height == 0:
         raise SettingsError(f"{name}: {given}: has no pixels")
 

@@ -1,0 +1,291 @@
+"""The thread that draws: its queue, what it lets go, how it fails and is mended. The pipeline is a played one."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from PIL import Image
+from served import Gate, wait
+
+from mmdit.driver.settings import Settings
+from mmdit.driver.stages import NotFiniteError
+from mmdit.serve.events import ClosedError, DiedError, Drawn, Ended, FullError, LetGoError, Stepped
+from mmdit.serve.metrics import Metrics
+from mmdit.serve.studio import Studio
+
+
+class Told:
+    """An event of the loop."""
+
+    def __init__(self, index: int) -> None:
+        self.index, self.stopped, self.denoised = index, False, "latents"
+
+    def stop(self) -> None:
+        self.stopped = True
+
+
+class Played:
+    """A pipeline whose pictures are their seeds; it waits at a gate before each step."""
+
+    device = SimpleNamespace(type="cpu")
+    plan = SimpleNamespace(peak=1000)
+
+    def __init__(self) -> None:
+        self.gate = Gate()
+        self.batches: list[list[int]] = []  # seeds
+        self.fails: dict[int, BaseException] = {}  # by seed
+
+    def drawing(self, pictures: Sequence[Settings], watchers: Any, seconds: dict[str, float]) -> Any:
+        self.batches.append([s.seed for s in pictures])
+        seconds["denoise"] = 1.0
+        return self.Drawing(self, pictures, watchers[0])
+
+    def preview(self, latents: str) -> Image.Image:
+        assert latents == "latents"
+        return Image.new("RGB", (2, 2))
+
+    class Drawing:
+        def __init__(self, pipe: "Played", pictures: Sequence[Settings], watcher: Any) -> None:
+            self._pipe, self._pictures, self._watcher = pipe, pictures, watcher
+            self.settings = dict(enumerate(pictures))
+
+        def __iter__(self) -> Iterator[tuple[int, Image.Image]]:
+            on_way = []
+            for i in self.settings:
+                self._watcher.encoded(told := Told(i))
+                on_way += [] if told.stopped else [i]
+            for _ in range(self._pictures[0].steps or 0):
+                for i in list(on_way):
+                    seed = self._pictures[i].seed
+                    self._pipe.gate.step(seed)
+                    if seed in self._pipe.fails:
+                        raise self._pipe.fails[seed]
+                    self._watcher.step(told := Told(i))
+                    if told.stopped:
+                        on_way.remove(i)
+            for i in on_way:
+                yield i, Image.new("RGB", (1, 1), (self._pictures[i].seed, 0, 0))
+
+
+def asked(*seeds: int, **more: Any) -> list[Settings]:
+    return [Settings(seed=seed, **{"width": 64, "height": 48, "steps": 2, "cfg": 1.0, **more}) for seed in seeds]
+
+
+class Heard(list[Any]):
+    """What was told of a ticket."""
+
+    @property
+    def seeds(self) -> list[int]:
+        return [event.settings.seed for event in self if isinstance(event, Drawn)]
+
+    @property
+    def end(self) -> Ended | None:
+        ends = [event for event in self if isinstance(event, Ended)]
+        assert len(ends) <= 1
+        return ends[0] if ends else None
+
+    @property
+    def error(self) -> Exception | None:
+        wait(lambda: self.end)
+        assert self.end is not None
+        return self.end.error
+
+
+@contextmanager
+def studio(most: int = 20) -> Iterator[tuple[Studio, Played]]:
+    pipe = Played()
+    found = Studio(lambda: pipe, most, Metrics())  # type: ignore[arg-type, return-value]
+    found.start()
+    wait(lambda: found.ready)
+    try:
+        yield found, pipe
+    finally:
+        pipe.gate.open()
+        found.close()
+        found.join(30)
+
+
+def test_waiting_pictures_of_a_kind_are_one_batch_the_oldest_first() -> None:
+    """At most eight; other steps are another kind."""
+    with studio() as (found, pipe):
+        heard = [Heard() for _ in range(5)]
+        found.submit(asked(1), heard[0].append)
+        wait(lambda: pipe.batches)
+        for ear, some in zip(heard[1:], (asked(2, 3), asked(4, steps=3), asked(5, 6, 7, 8, 9), asked(10, 11))):
+            found.submit(some, ear.append)
+        pipe.gate.open()
+        assert [ear.error for ear in heard] == [None] * 5
+        assert [ear.seeds for ear in heard] == [[1], [2, 3], [4], [5, 6, 7, 8, 9], [10, 11]]
+        assert pipe.batches == [[1], [2, 3, 5, 6, 7, 8, 9, 10], [4], [11]]
+        assert found.metrics.value("mmdit_batch_pictures_sum") == 11
+
+
+def test_steps_are_told_with_a_look_at_the_picture() -> None:
+    with studio() as (found, pipe):
+        pipe.gate.open()
+        looked: list[Any] = []
+        heard = Heard()
+
+        def tell(event: Any) -> None:
+            heard.append(event)
+            looked.extend([event.look().size] if isinstance(event, Stepped) else [])
+
+        found.submit(asked(1, steps=3), tell)
+        assert heard.error is None and looked == [(2, 2)] * 3
+        assert [(event.step, event.steps) for event in heard if isinstance(event, Stepped)] == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_what_is_let_go_takes_no_further_step() -> None:
+    """One that is drawn, beside another which goes on; one that waits; a single picture of two that is skipped."""
+    with studio() as (found, pipe):
+        heard = [Heard() for _ in range(4)]
+        first = found.submit(asked(1, steps=5), heard[0].append)
+        pipe.gate.reached.wait(30)
+        both = [found.submit(asked(*seeds, steps=4), ear.append) for seeds, ear in zip(((2, 3), (4,)), heard[1:3])]
+        waits = found.submit(asked(5), heard[3].append)
+        first.cancel("left")
+        waits.cancel("left")
+        assert isinstance(heard[0].error, LetGoError) and isinstance(heard[3].error, LetGoError)
+        pipe.gate.let(1)
+        wait(lambda: len(pipe.batches) == 2)
+        pipe.gate.let(3)
+        wait(lambda: len(pipe.gate.steps) == 5)
+        both[0].skip()
+        assert heard[1].error is None and heard[1].seeds == []
+        pipe.gate.open()
+        assert heard[2].error is None and heard[2].seeds == [4]
+        assert pipe.gate.steps == [1, 2, 3, 4, 2, 3, 4, 4, 4] and pipe.batches == [[1], [2, 3, 4]]
+        assert found.metrics.value("mmdit_cancelled_total", reason="left") == 2
+
+
+def test_the_queue_is_bounded_by_pictures_and_by_owner() -> None:
+    with studio(most=6) as (found, pipe):
+        heard = Heard()
+        found.submit(asked(1, 2, 3), heard.append, owner="a")
+        with pytest.raises(FullError, match="3 pictures wait or are drawn, 6 at most") as caught:
+            found.submit(asked(*range(4)), heard.append)
+        assert caught.value.seconds == 5  # no step was taken
+        with pytest.raises(FullError, match="of this key"):
+            found.submit(asked(4), heard.append, owner="a", most=3)
+        found.submit(asked(4, 5, 6), Heard().append, owner="b", most=3)
+        pipe.gate.open()
+        assert heard.error is None
+
+
+def test_pictures_that_were_sent_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that unfinished requests hold, each once; one request alone is always taken."""
+    monkeypatch.setattr("mmdit.serve.studio._SENT", 100)
+    sent = [Settings(init=Image.new("RGB", (8, 8), (i, 0, 0)), mask=Image.new("L", (8, 4))) for i in range(2)]  # type: ignore[arg-type]
+    own = [{"init": s.init, "mask": s.mask, "strength": 1.0} for s in sent]
+    with studio() as (found, pipe):
+        heard = Heard()
+        found.submit(asked(1, 2, 3, **own[0]), heard.append)
+        found.submit(asked(4), Heard().append)
+        with pytest.raises(FullError, match="fill the memory"):
+            found.submit(asked(5, **own[1]), Heard().append)
+        pipe.gate.open()
+        assert heard.error is None
+        wait(lambda: not found.busy)
+        found.submit(asked(5, **own[1]), Heard().append)
+
+
+def test_the_wait_is_that_of_the_pace() -> None:
+    """So many steps of so many pixels, twice with guidance; between a second and two minutes."""
+    with studio(most=4) as (found, pipe):
+        found.submit(asked(1, 2, steps=10, cfg=2.0), Heard().append)
+        found.submit(asked(3, 4, steps=20), Heard().append)
+        wait(lambda: pipe.batches)
+        found._seconds, found._work = 2.0, 64 * 48 * 2.0  # a guided step takes two seconds
+        for count, seconds in ((1, 20), (2, 40), (3, 60), (4, 80)):
+            with pytest.raises(FullError) as caught:
+                found.submit(asked(*range(count)), Heard().append)
+            assert caught.value.seconds == seconds
+        found._seconds = 1e6
+        with pytest.raises(FullError) as caught:
+            found.submit(asked(1), Heard().append)
+        assert caught.value.seconds == 120
+
+
+def test_a_failure_is_told_to_whom_it_belongs() -> None:
+    """Others of the batch are drawn; nobody's place is kept."""
+    with studio() as (found, pipe):
+        heard = [Heard() for _ in range(4)]
+        found.submit(asked(1), heard[0].append)
+        pipe.gate.reached.wait(30)
+        pipe.fails[3] = NotFiniteError("NaN")
+        for seed, ear in zip((2, 3, 4), heard[1:]):
+            found.submit(asked(seed), ear.append)
+        pipe.gate.open()
+        assert [type(ear.error) for ear in heard] == [type(None), type(None), NotFiniteError, type(None)]
+        assert [ear.seeds for ear in heard] == [[1], [2], [], [4]]
+        wait(lambda: not found.busy)
+        assert found.metrics.value("mmdit_failed_total") == 1
+
+
+def test_a_thread_that_dies_is_begun_anew() -> None:
+    """Those it drew for are told; those that wait are drawn."""
+    with studio() as (found, pipe):
+        heard = [Heard() for _ in range(3)]
+        found.submit(asked(1, 2), heard[0].append)
+        pipe.gate.reached.wait(30)
+        thread = found._thread
+        pipe.fails[2] = SystemExit(1)
+        found.submit(asked(3, steps=3), heard[1].append)
+        pipe.gate.open()
+        assert isinstance(heard[0].error, DiedError) and heard[1].error is None and heard[1].seeds == [3]
+        found.submit(asked(4), heard[2].append)
+        assert heard[2].error is None
+        assert found._thread is not thread and not thread.is_alive()
+        assert found.metrics.value("mmdit_worker_deaths_total") == 1
+
+
+def test_whoever_does_not_listen_is_no_matter_of_the_others() -> None:
+    def deaf(_: object) -> None:
+        raise RuntimeError("the event loop is closed")
+
+    with studio() as (found, pipe):
+        heard = Heard()
+        found.submit(asked(1), deaf)
+        found.submit(asked(2), heard.append)
+        pipe.gate.open()
+        assert heard.error is None and heard.seeds == [2]
+
+
+def test_the_end_lets_be_done_what_was_begun() -> None:
+    with studio() as (found, pipe):
+        heard = [Heard() for _ in range(2)]
+        found.submit(asked(1), heard[0].append)
+        pipe.gate.reached.wait(30)
+        found.submit(asked(2), heard[1].append)
+        found.stop()
+        assert isinstance(heard[1].error, ClosedError) and not found.ready
+        with pytest.raises(ClosedError, match="stops"):
+            found.submit(asked(3), Heard().append)
+        pipe.gate.open()
+        assert heard[0].error is None and heard[0].seeds == [1]
+
+
+def test_a_model_that_cannot_be_loaded() -> None:
+    def load() -> Any:
+        raise ValueError("no such file")
+
+    found = Studio(load, 3)
+    with pytest.raises(ClosedError, match="loaded"):
+        found.submit(asked(1), Heard().append)
+    found.start()
+    found.join(30)
+    assert isinstance(found.failed, ValueError) and not found.ready
+
+
+def test_metrics_are_texts_of_prometheus() -> None:
+    metrics = Metrics()
+    metrics.add("mmdit_requests_total", route='a"b\\', status="200")
+    metrics.add("mmdit_requests_total", 2, route='a"b\\', status="200")
+    for value in (0.5, 1.5):
+        metrics.observe("mmdit_step_seconds", value)
+    lines = metrics.text({("mmdit_ready", ()): 1.0}).splitlines()
+    assert 'mmdit_requests_total{route="a\\"b\\\\",status="200"} 3' in lines
+    assert lines.index("# TYPE mmdit_step_seconds summary") + 1 == lines.index("mmdit_step_seconds_sum 2")
+    assert "mmdit_step_seconds_count 2" in lines and "mmdit_ready 1" in lines
