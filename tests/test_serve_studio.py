@@ -5,9 +5,10 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
-from served import Gate, wait
+from served import Gate, pipeline, wait
 
 from mmdit.driver.settings import Settings
 from mmdit.driver.stages import NotFiniteError
@@ -37,7 +38,7 @@ class Played:
         self.batches: list[list[int]] = []  # seeds
         self.fails: dict[int, BaseException] = {}  # by seed
 
-    def drawing(self, pictures: Sequence[Settings], watchers: Any, seconds: dict[str, float]) -> Any:
+    def drawing(self, pictures: Sequence[Settings], watchers: Any, seconds: dict[str, float], _: Any) -> Any:
         self.batches.append([s.seed for s in pictures])
         seconds["denoise"] = 1.0
         return self.Drawing(self, pictures, watchers[0])
@@ -277,6 +278,41 @@ def test_a_model_that_cannot_be_loaded() -> None:
     found.start()
     found.join(30)
     assert isinstance(found.failed, ValueError) and not found.ready
+
+
+def test_a_request_joins_those_that_are_drawn() -> None:
+    """Between two steps of the first; another kind that waits long enough closes the door. By the demo itself."""
+    pipe = pipeline()
+    first, second, other, third = (
+        pipe.check(pipe.asked({"prompt": prompt, "seed": i, "steps": 6, "cfg": cfg}))
+        for i, (prompt, cfg) in enumerate([("a horse", 3.0), ("a bear", 3.0), ("a fox", 2.0), ("a cow", 3.0)])
+    )
+    found, order = Studio(lambda: pipe, 20, Metrics()), list[str]()
+    heard = {name: Heard() for name in ("first", "second", "other", "third")}
+
+    def tell(name: str, event: Any) -> None:
+        heard[name].append(event)
+        if isinstance(event, Stepped | Drawn):
+            order.append(f"{name} {event.step if isinstance(event, Stepped) else 'drawn'}")
+        if order == ["first 1"]:
+            found.submit([second], lambda event: tell("second", event))
+        if name == "second" and isinstance(event, Stepped) and event.step == 2:
+            found.submit([other], lambda event: tell("other", event))
+            found._waiting[0].since -= 100
+            found.submit([third], lambda event: tell("third", event))
+
+    found.start()
+    wait(lambda: found.ready)
+    found.submit([first], lambda event: tell("first", event))
+    wait(lambda: heard["third"].end and heard["other"].end)
+    found.close()
+    found.join(30)
+    at = order.index
+    assert at("first 1") < at("second 1") < at("first drawn") < at("second drawn") < at("other 1") < at("third 1")
+    for name, s in (("first", first), ("second", second), ("third", third)):
+        (drawn,) = [event for event in heard[name] if isinstance(event, Drawn)]
+        alone = np.asarray(pipe.run(s).images[0]).astype(int)
+        assert np.abs(np.asarray(drawn.image).astype(int) - alone).mean() <= 1.0
 
 
 def test_metrics_are_texts_of_prometheus() -> None:

@@ -24,7 +24,9 @@ from mmdit.images.options import steps_of
 from mmdit.serve.events import ClosedError, DiedError, Drawn, Ended, Event, FullError, LetGoError, Stepped, Tell
 from mmdit.serve.metrics import Labels, Metrics
 
-_TOGETHER = 8  # pictures that are drawn in one go: while they are, no others begin
+_TOGETHER = 8  # pictures that are on their way at a time
+_AT_MOST = 500  # that one drawing takes in before it ends, and another begins
+_PATIENCE = 5.0  # seconds that pictures of another kind wait before nobody joins any more
 _SENT = 2**28  # pixels of pictures that unfinished requests hold, three bytes each
 _LONGEST_WAIT = 120  # seconds of Retry-After; clients give up where it is more
 _UNKNOWN_WAIT = 5  # seconds, where no step was taken yet
@@ -260,6 +262,16 @@ class Studio:
             self.metrics.observe("mmdit_queue_seconds", now - place.since)
         return taken
 
+    def joins(self, batch: list[Place]) -> bool:
+        """Whether others wait that go with these, and none of another kind has waited as long as its turn takes."""
+        with self._changed:
+            if len(batch) >= _AT_MOST or not self._waiting:
+                return False
+            patience = time.monotonic() - _PATIENCE
+            if any(place.since < patience and not self._goes_with(batch[0], place) for place in self._waiting):
+                return False
+            return any(self._goes_with(batch[0], place) for place in self._waiting)
+
     def _goes_with(self, first: Place, place: Place) -> bool:
         if (first.ticket.alone or place.ticket.alone) and first.ticket is not place.ticket:
             return False
@@ -288,10 +300,11 @@ class Studio:
         """Draw these, which are of one kind.
 
         Each step goes to `stepped` and each result to `drawn`; a place that is `dropped` is let go at its next step;
-        `take` gives more that may join. What is raised is the matter of all that are in `_drawing` then.
+        others of the kind join between two steps. What is raised is the matter of all that are in `_drawing` then.
         """
         seconds: dict[str, float] = {}
-        drawing = self.pipeline_owned.drawing([place.settings for place in batch], [Telling(self, batch)], seconds)
+        pictures = [place.settings for place in batch]
+        drawing = self.pipeline_owned.drawing(pictures, [Telling(self, batch)], seconds, Joining(self, batch))
         for i, image in drawing:
             self.drawn(batch[i], drawing.settings[i], image)
         for stage, value in seconds.items():
@@ -323,6 +336,23 @@ class Studio:
         self._tell(place.ticket, Drawn(place.index, settings, image))
         if not place.ticket.left:
             self.end(place.ticket)
+
+
+class Joining:
+    """Lets pictures join those that are drawn, between two steps (`mmdit.driver.loop.Arrivals`)."""
+
+    def __init__(self, studio: Studio, batch: list[Place]) -> None:
+        """batch: those that are drawn, by their index; who joins comes behind."""
+        self._studio, self._batch = studio, batch
+
+    def waiting(self, _: Settings) -> bool:
+        return self._studio.joins(self._batch)
+
+    def take(self, _: Settings, most: int) -> list[Settings]:
+        room = min(most, _TOGETHER - sum(not place.dropped for place in self._batch))
+        taken = self._studio.take(self._batch[0], room) if room > 0 and self._studio.joins(self._batch) else []
+        self._batch += taken
+        return [place.settings for place in taken]
 
 
 class Telling(watch.Watcher):
