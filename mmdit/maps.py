@@ -179,11 +179,11 @@ def checkpointed(model: MMDiT) -> Iterator[None]:
     """Meanwhile the graph keeps what goes into each block, and what is in it is computed again on the way back.
 
     Chen et al. 2016 (arXiv 1604.06174). Around the call of a block, hooks and all: a block whose weights come when it
-    is called has them again then.
+    is called has them again then. The way back begins in the last, which would be computed twice in a row.
     """
     blocks: Any = model.joint_blocks
     own = dict(blocks._modules)
-    blocks._modules.update({name: Checkpointed(block) for name, block in own.items()})
+    blocks._modules.update({name: Checkpointed(block) for name, block in [*own.items()][:-1]})
     try:
         yield
     finally:
