@@ -68,6 +68,11 @@ class Prepared:
         """Whether the blocks see as many tokens of a text as its context has."""
         return self._text.shape[1] == self._context.shape[1]
 
+    @property
+    def length(self) -> int:
+        """Tokens of each text."""
+        return self._text.shape[1]
+
     def known(self, sigma: float, texts: tuple[int, ...]) -> Known:
         """What rows with these texts have at this noise level."""
         context, pooled, text = self._of(texts)

@@ -6,12 +6,13 @@ import signal
 import time
 from argparse import Namespace
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from mmdit.common.command import Parser, add_options, exit_code, give, program, say
+from mmdit.common.command import MISTAKE, Parser, add_options, exit_code, give, hush, program, say, silent
 from mmdit.common.errors import SettingsError
 from mmdit.common.files import sweep
 from mmdit.common.options import Mark, marked
@@ -27,13 +28,18 @@ from mmdit.driver.output import (
     sheet_path,
 )
 from mmdit.driver.pictures import check_pictures
-from mmdit.driver.prompts import Folders, read_prompts, told_at
+from mmdit.driver.prompts import Folders, Line, read_prompts, told_at
 from mmdit.driver.repeat import settings_of_picture, without_levels
 from mmdit.driver.settings import Settings, alone
+from mmdit.parallel.started import see_one_gpu, started
 
 if TYPE_CHECKING:
+    from mmdit.driver.loading import Parts
     from mmdit.driver.pipeline import Pipeline
     from mmdit.memory.plan import Plan
+    from mmdit.parallel.ranks import Ranks
+
+_TO_SPEAK = 5  # seconds
 
 
 def make_parser(options: type = Settings) -> Parser:
@@ -81,7 +87,22 @@ def repeating(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(settings: Settings) -> None:
-    """Load, draw what is asked for, save each picture while the next are drawn, and report."""
+    """Load, draw what is asked for, save each picture while the next are drawn, and report.
+
+    Processes that were started together meet, and do it together.
+    """
+    place = started()
+    if place is None:
+        run_by(settings, None)
+        return
+    from mmdit.parallel.command import joined
+
+    with joined(place) as ranks:
+        run_by(settings, ranks)
+
+
+def run_by(settings: Settings, ranks: "Ranks | None") -> None:
+    """ranks: all processes, where there are several."""
     start = time.perf_counter()
     if settings.prompts is None:
         settings.check_pictures()
@@ -95,36 +116,27 @@ def run(settings: Settings) -> None:
     from mmdit.driver.pipeline import USER_ERRORS, Pipeline
 
     seconds, skipped = {"import": time.perf_counter() - start}, 0
+    at_once = (lambda work: work()) if ranks is None else ranks.together
     try:
-        parts = load_parts(settings)  # no weights yet
-        if lines is None:
-            asked = parts.check(settings)
-            wanted = [(s, picture_path(s, i, asked.count)) for i, s in enumerate(alone(asked))]
-        else:
-            every = []
-            for line in lines:
-                with told_at(line):
-                    every.append(parts.check(line.settings))
-            wanted = Folders().missing(every)
-            skipped = sum(s.count for s in every) - len(wanted)
-        if settings.weights not in (None, parts.weights):
-            say(f"warning: {settings.from_png} was drawn by other weights")
-        if lines is None and settings.images not in (None, wanted[0][0].images):
-            say(f"warning: {settings.from_png} began with other pictures than there are now: {settings.init}")
-        if lines is None and settings.control_pictures not in (None, wanted[0][0].control_pictures):
-            say(f"warning: {settings.from_png} was controlled by other pictures than there are now")
-        paths = [path for _, path in wanted]
-        check_beside("preview", paths, paths if settings.preview is not None else (), preview_path)
-        check_beside("attention_maps", paths, [p for s, p in wanted if s.attention_maps is not None], sheet_path)
+        parts = at_once(lambda: load_parts(settings))  # no weights yet
+        wanted, skipped = at_once(lambda: wanted_of(settings, lines, parts))
+        if ranks is not None:
+            wanted, skipped = ranks.of_first((wanted, skipped))
         if wanted:
             largest = max((s for s, _ in wanted), key=lambda s: (s.width or 0) * (s.height or 0))
-            pipeline = Pipeline.from_settings(largest, parts)
+            pipeline = at_once(lambda: Pipeline.from_settings(largest, parts))
             settle()
             seconds["load"] = time.perf_counter() - start - seconds["import"]
             show_plan(pipeline, pipeline.plan)
             if lines is None or settings.verbose:
                 show_words(pipeline, [s for s, _ in wanted])
-            draw(pipeline, wanted, settings, seconds)
+            if ranks is None:
+                draw(pipeline, wanted, run=settings, seconds=seconds)
+            else:
+                from mmdit.parallel.command import draw_shared
+
+                drawn = partial(draw, pipeline, run=settings, seconds=seconds)
+                draw_shared(pipeline, ranks, wanted, settings.parallel, drawn, whole=settings.dump is not None)
     except USER_ERRORS as error:
         raise SettingsError(str(error)) from error
     whole = time.perf_counter() - start
@@ -133,10 +145,43 @@ def run(settings: Settings) -> None:
     say(f"{', '.join(f'{name} {value:.2f} s' for name, value in seconds.items())}; {whole:.2f} s in all")
 
 
-def draw(pipeline: "Pipeline", wanted: list[tuple[Settings, Path]], run: Settings, seconds: dict[str, float]) -> None:
+def wanted_of(
+    settings: Settings, lines: Sequence[Line] | None, parts: "Parts"
+) -> tuple[list[tuple[Settings, Path]], int]:
+    """The pictures to be drawn, each with the file that it goes to, and how many of a list are there already."""
+    if lines is not None:
+        every = []
+        for line in lines:
+            with told_at(line):
+                every.append(parts.check(line.settings))
+        wanted = Folders().missing(every)
+        skipped = sum(s.count for s in every) - len(wanted)
+    else:
+        asked, skipped = parts.check(settings), 0
+        wanted = [(s, picture_path(s, i, asked.count)) for i, s in enumerate(alone(asked))]
+    if settings.weights not in (None, parts.weights):
+        say(f"warning: {settings.from_png} was drawn by other weights")
+    if lines is None and settings.images not in (None, wanted[0][0].images):
+        say(f"warning: {settings.from_png} began with other pictures than there are now: {settings.init}")
+    if lines is None and settings.control_pictures not in (None, wanted[0][0].control_pictures):
+        say(f"warning: {settings.from_png} was controlled by other pictures than there are now")
+    paths = [path for _, path in wanted]
+    check_beside("preview", paths, paths if settings.preview is not None else (), preview_path)
+    check_beside("attention_maps", paths, [p for s, p in wanted if s.attention_maps is not None], sheet_path)
+    return wanted, skipped
+
+
+def draw(
+    pipeline: "Pipeline",
+    wanted: Sequence[tuple[Settings, Path]],
+    written: bool = True,
+    *,
+    run: Settings,
+    seconds: dict[str, float],
+) -> None:
     """Draw and write pictures, each with the file that it is to go to; the time of each stage is added to `seconds`.
 
-    run: says what is written beside them.
+    written: or only draw them, where another process writes. run: says what is written beside them.
     """
     from mmdit.driver.attention import Attention
     from mmdit.driver.loop import Drawing
@@ -144,6 +189,10 @@ def draw(pipeline: "Pipeline", wanted: list[tuple[Settings, Path]], run: Setting
     from mmdit.driver.watch import Trace, Verbose
 
     pictures, paths = [s for s, _ in wanted], [path for _, path in wanted]
+    if not written:
+        for _ in Drawing(pipeline, pictures, [], seconds):
+            pass
+        return
     for folder in {path.parent for path in paths}:
         sweep(folder)
     traces, dump, maps = [] if run.dump is None else [Trace()], run.dump, Attention()
@@ -156,7 +205,7 @@ def draw(pipeline: "Pipeline", wanted: list[tuple[Settings, Path]], run: Setting
         for i, image in drawing:
             seen = maps.done.pop(i, None)
             save(image, drawing.settings[i], paths[i], seen and seen.sheet)
-    seconds["save"] = save.waited
+    seconds["save"] = seconds.get("save", 0.0) + save.waited
     if dump is not None:
         from safetensors.torch import save_file
 
@@ -168,6 +217,9 @@ def draw(pipeline: "Pipeline", wanted: list[tuple[Settings, Path]], run: Setting
 
 def begin() -> None:
     """What belongs to a process of its own, before PyTorch is imported."""
+    with suppress(SettingsError):  # told later
+        if (place := started()) is not None:
+            see_one_gpu(place)
     gc.disable()  # until `settle`: to go through all that is imported and loaded takes a seventh of the start
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait actively keep attention's from their cores
 
@@ -200,8 +252,17 @@ def report(written: int, skipped: int, seconds: float) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for a user's mistake, 130 when interrupted."""
-    return exit_code(lambda: run(settings_of(arguments)), "nothing more was written")
+    """Run the command line; returns the exit code: 0, 2 for a user's mistake, 130 when interrupted.
+
+    Of several processes the first speaks.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0":
+        hush()
+    code = exit_code(lambda: run(settings_of(arguments)), "nothing more was written")
+    if code == MISTAKE and silent():  # torchrun ends all when one has ended: the first is to say why before
+        with suppress(KeyboardInterrupt):
+            time.sleep(_TO_SPEAK)
+    return code
 
 
 def command() -> NoReturn:

@@ -111,6 +111,8 @@ How it is computed:
 --compile False what
 Memory:
 --memory 'auto' SIZE
+Several processes:
+--parallel 'auto' auto,pictures,guidance,tokens,both
 Watching, and repeating:
 --preview None N
 --verbose False what
@@ -241,7 +243,7 @@ OTHER = {
     "cfg_zero": True, "apg": "0:15:-0.5", "also": ("a pig:0.5",), "slg": 2.5, "slg_layers": "7",
     "slg_interval": "0:0.3", "pag": 3.0, "pag_layers": "13", "cache": 0.05,
     "focus": "a; b", "focus_scale": 2.0, "focus_loss": "jedi", "focus_until": 0.5, "focus_gain": "unit",
-    "attention_maps": "a; b", "verbose": True,
+    "attention_maps": "a; b", "verbose": True, "parallel": "tokens",
     "like": "comfyui", "rng": "cuda", "shift": "1.5", "sigmas": "1.0,0.5",
     "prompt_clip_l": "k", "prompt_clip_g": "j", "prompt_t5": "i", "negative_clip_l": "h", "negative_clip_g": "f",
     "negative_t5": "e", "emphasis": True, "long_prompts": True, "embedding": ("q.safetensors",), "clip_chunks": 2,
@@ -258,6 +260,7 @@ OTHER = {
 }  # fmt: skip
 UNSEEN = {
     "count", "device", "memory", "out", "prompts", "dump", "taesd", "preview", "verbose", "from_png", "attention_maps",
+    "parallel",
 }  # fmt: skip
 QUOTED = {name: f'{name}: "{text}"' for name, text in {
     "lora": "a:0.5", "cfg_interval": "0.2:0.9", "apg": "0:15:-0.5", "also": "a pig:0.5", "slg_interval": "0:0.3",
@@ -299,7 +302,15 @@ def test_marks() -> None:
         "model", "clip_l", "clip_g", "t5xxl", "vae", "tokenizers", "lora", "t5", "dtype", "quantise", "device",
         "compile", "variant", "embedding", "control", "taesd", "taesd_decode",
     }  # fmt: skip
-    assert marked(Settings, Mark.OF_THE_RUN) == ("memory", "preview", "verbose", "from_png", "prompts", "dump")
+    assert marked(Settings, Mark.OF_THE_RUN) == (
+        "memory",
+        "parallel",
+        "preview",
+        "verbose",
+        "from_png",
+        "prompts",
+        "dump",
+    )
     own = {f"{role}{encoder}" for role in ("prompt", "negative") for encoder in ("", "_clip_l", "_clip_g", "_t5")}
     own |= {"control_image", "control_mask", "control_pictures", "variation_seed", "variation_strength"}
     own |= {"focus", "attention_maps"}

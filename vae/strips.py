@@ -25,13 +25,38 @@ from torch import Tensor, nn
 from vae.autoencoder import Autoencoder, Downsample, ResnetBlock, Upsample
 from vae.maps import Map, Store, Strip, WholeNorm, largest_map, strips
 
+
+class Share:
+    """Which strips of each map are made here; whoever is alone makes all of them.
+
+    Others are in other processes (`mmdit.parallel.decoding`): what they make is known by `complete` alone.
+    """
+
+    def own(self, every: list[Strip]) -> list[Strip]:
+        return every
+
+    def complete(self, x: Map, every: list[Strip]) -> None:
+        """Have in a map, whose own strips are made, the rows beside them and the moments of every strip, in order."""
+
+    def whole(self, picture: Tensor, every: list[Strip]) -> Tensor:  # noqa: ARG002
+        """The picture of which the own strips are made."""
+        return picture
+
+
+ALONE = Share()
+
 CACHED = 2**19  # numbers that are normalised at a time on a CPU
 LAUNCHED = 2**23  # elsewhere, where each time costs a launch
 
 
 @torch.no_grad()
 def decode_in_strips(
-    vae: Autoencoder, latent: Tensor, rows: int, store: torch.device | str | None = None, pin: bool = True
+    vae: Autoencoder,
+    latent: Tensor,
+    rows: int,
+    store: torch.device | str | None = None,
+    pin: bool = True,
+    share: Share = ALONE,
 ) -> Tensor:
     """latent `(B, latent_channels, h, w)` to a picture `(B, 3, H, W)` like `vae.decode`, in strips.
 
@@ -39,6 +64,7 @@ def decode_in_strips(
     store: where whole maps lie, by default the latent's own device; "cpu" bounds the memory of a GPU by the strip.
     pin: whether the host's memory is page-locked for a GPU, so that copies do not wait for one another; how much that
     takes: `vae.memory.locked_places`. PyTorch keeps it until its cache of such memory is emptied.
+    share: which strips are made here, of a picture that several processes decode; all are given the whole.
     Returns a picture on the latent's device and in its dtype, about [-1, 1], not clamped. Gradients do not flow.
     The pictures of a batch are decoded one after the other. Raises ValueError for `rows` under 1.
     """
@@ -49,23 +75,24 @@ def decode_in_strips(
     where = torch.device(store) if store is not None else latent.device
     pin = pin and latent.device.type == "cuda" and where.type == "cpu"
     places = Store(where, latent.dtype, largest_map(vae.config, *latent.shape[2:]) if pin else None)
-    return torch.cat([_decode(vae, one, rows, places) for one in latent.split(1)])
+    return torch.cat([_decode(vae, one, rows, places, share) for one in latent.split(1)])
 
 
-def _decode(vae: Autoencoder, latent: Tensor, rows: int, store: Store) -> Tensor:
+def _decode(vae: Autoencoder, latent: Tensor, rows: int, store: Store, share: Share = ALONE) -> Tensor:
     """One picture of `decode_in_strips`."""
     decoder, device = vae.decoder, latent.device
     x = Map.of(decoder.mid(decoder.conv_in(vae.raw(latent))), store)  # (1, C3, h, w)
     for step in decoder.steps():
         if isinstance(step, ResnetBlock):
-            x = _residual(step, x, rows, device)
+            x = _residual(step, x, rows, device, share)
         elif isinstance(step, Upsample):
-            x, rows = _doubled(step, x, rows, device), 2 * rows
+            x, rows = _doubled(step, x, rows, device, share), 2 * rows
     picture = latent.new_empty(1, vae.config.image_channels, *x.values.shape[2:])  # (1, 3, H, W)
     norm = x.norm(decoder.norm_out)
-    for strip in strips(x.height, rows):
+    every = strips(x.height, rows)
+    for strip in share.own(every):
         picture[:, :, strip.top : strip.bottom] = _filtered(decoder.conv_out, norm, x, strip, device)
-    return picture
+    return share.whole(picture, every)
 
 
 @torch.no_grad()
@@ -94,7 +121,7 @@ def _encode(vae: Autoencoder, image: Tensor, rows: int, store: Store) -> Tensor:
         x.keep(strip, _convolve(encoder.conv_in, part, strip))
     for step in encoder.steps():
         if isinstance(step, ResnetBlock):
-            x = _residual(step, x, rows, device)
+            x = _residual(step, x, rows, device, ALONE)
         elif isinstance(step, Downsample):
             x, rows = _halved(step, x, rows // 2, device), rows // 2
     return encoder.told(x.rows(0, x.height, device))
@@ -111,21 +138,24 @@ def _halved(step: Downsample, x: Map, rows: int, device: torch.device) -> Map:
     return y
 
 
-def _residual(block: ResnetBlock, x: Map, rows: int, device: torch.device) -> Map:
+def _residual(block: ResnetBlock, x: Map, rows: int, device: torch.device, share: Share) -> Map:
     """A residual block: a map to the next of the same size, in whose place it then lies."""
+    every = strips(x.height, rows)
     y, norm = x.new(block.conv1.out_channels), x.norm(block.norm1)
-    for strip in strips(x.height, rows):
+    for strip in share.own(every):
         y.keep(strip, _filtered(block.conv1, norm, x, strip, device))
+    share.complete(y, every)
     z, norm = x.successor(block.conv2.out_channels), y.norm(block.norm2)
-    for strip in strips(x.height, rows):
+    for strip in share.own(every):
         part = _filtered(block.conv2, norm, y, strip, device)
         part += block.nin_shortcut(x.load(strip, device, halo=False))
         z.keep(strip, part)
         del part  # before the next strip asks for memory
+    share.complete(z, every)
     return z
 
 
-def _doubled(step: Upsample, x: Map, rows: int, device: torch.device) -> Map:
+def _doubled(step: Upsample, x: Map, rows: int, device: torch.device, share: Share) -> Map:
     """The step to twice the resolution, by four convolutions of the map as it is instead of one of the doubled map.
 
     Doubled, two of the three rows that a 3x3 kernel sees are the same row, and so are two of its columns: an output in
@@ -133,13 +163,14 @@ def _doubled(step: Upsample, x: Map, rows: int, device: torch.device) -> Map:
     That is 4/9 of the multiplications. The sums are rounded once, from float32.
     """
     y, kernels = x.new(step.conv.out_channels, scale=2), _sums(step.conv.weight)
-    for strip in strips(x.height, rows):
+    for strip in share.own(strips(x.height, rows)):
         part = x.load(strip, device)
         if not (strip.above and strip.below):
             part = F.pad(part, (0, 0, 1 - strip.above, 1 - strip.below))  # (1, C, rows + 2, w)
         part = _interleaved(part, kernels, step.conv.bias)
         y.keep(Strip(2 * strip.top, 2 * strip.bottom, 2 * strip.height), part)
         del part
+    share.complete(y, strips(y.height, 2 * rows))
     return y
 
 

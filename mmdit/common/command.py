@@ -55,8 +55,29 @@ def given_of(options: type, given: dict[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if kind(options, name) is tuple else value for name, value in given.items()}
 
 
+_silent = False
+
+
+def hush() -> None:
+    """Say nothing from now on: another process of the run speaks for all."""
+    global _silent
+    _silent = True
+
+
+def speak() -> None:
+    """Say what there is to say again."""
+    global _silent
+    _silent = False
+
+
+def silent() -> bool:
+    return _silent
+
+
 def say(text: str) -> None:
     """One line for people, on standard error, above the progress bar; standard output is for results alone."""
+    if _silent:
+        return
     with suppress(BrokenPipeError):  # nobody reads it; the results may still be wanted
         tqdm.write(one_line(text), file=sys.stderr)
 

@@ -236,8 +236,8 @@ class Drawing:
     def _tell(self, picture: Picture, event: Event) -> None:
         for watcher in self._watchers if not self._ended else ():
             event.tell(watcher)
-        picture.stopped |= event.stopped or self._ended
-        self._ended |= event.ended
+        stopped = picture.stopped or event.stopped or self._ended
+        picture.stopped, self._ended = self._stages.decided(stopped, self._ended or event.ended)
 
     # ---- memory ----------------------------------------------------------------------------------
 

@@ -48,6 +48,7 @@ from vae import Autoencoder, decode_in_strips, encode_in_strips
 from weights.fingerprint import with_adapters
 
 T = TypeVar("T")
+Controls = Sequence[Sequence[Control]]  # of each row
 
 # Whoever computes on the CPU: two at once would share its cores, and the precision of products is the process's.
 _CPU = RLock()
@@ -118,13 +119,17 @@ class Stages:
 
         On a CPU texts that wait take of the same memory; they are few, and what is left is more where that is needed.
         """
-        budget, exact = budget_of(job.memory, self.device), job.memory != "auto"
+        budget, exact = self.budget(job.memory), job.memory != "auto"
         try:
             return self.planner.plan(job, budget, exact)
         except SettingsError:
             if not job.waiting:
                 raise
         return self.planner.plan(job._replace(waiting=0), budget, exact)
+
+    def budget(self, memory: str) -> int:
+        """Bytes that it allows on the device."""
+        return budget_of(memory, self.device)
 
     def follow(self, plan: Plan, job: Job) -> None:
         """Have on the device what the plan for this job says, or the next smaller one where memory runs out."""
@@ -185,6 +190,10 @@ class Stages:
                 if self._let_go and not self._inside:
                     self.let_go()
 
+    def decided(self, stopped: bool, ended: bool) -> tuple[bool, bool]:
+        """Whether a picture, and whether all are to stop, where watchers want so; several processes agree."""
+        return stopped, ended
+
     def let_go(self) -> None:
         """Nothing is to be computed for now: networks that do not stay leave the device.
 
@@ -238,33 +247,25 @@ class Stages:
             return Prepared(module, context, pooled, sigmas)
 
     def predict(
-        self,
-        latents: Tensor,
-        rows: Sequence[Row],
-        attention: str | None = None,
-        controls: Sequence[Sequence[Control]] = (),
+        self, latents: Tensor, rows: Sequence[Row], attention: str | None = None, controls: Controls = ()
     ) -> Tensor:
         """The network's velocity of latents `(R, C, h, w)`, each by its own text and noise level; float32 in and out.
 
         attention: who computes it, if not whoever was named when the model was loaded. controls: of each row.
         """
-        with self._asked(latents, attention) as x:
+        with self.before_transformer(latents, attention) as x:
             return predict(x, rows, added(self.transformer, x, rows, controls)).float()
 
     def look(
-        self,
-        latents: Tensor,
-        rows: Sequence[Row],
-        attention: str | None = None,
-        controls: Sequence[Sequence[Control]] = (),
+        self, latents: Tensor, rows: Sequence[Row], attention: str | None = None, controls: Controls = ()
     ) -> tuple[Tensor, list[Seen | None]]:
         """The same, and what each row looks at (`mmdit.maps`)."""
-        with self._asked(latents, attention) as x:
+        with self.before_transformer(latents, attention) as x:
             velocity, seen = look(x, rows, added(self.transformer, x, rows, controls))
             return velocity.float(), seen
 
     @contextmanager
-    def _asked(self, latents: Tensor, attention: str | None) -> Iterator[Tensor]:
+    def before_transformer(self, latents: Tensor, attention: str | None) -> Iterator[Tensor]:
         """The latents as the transformer takes them, which is there meanwhile."""
         with self.computing():
             self.attend_by(attention or self.settings.attention)
@@ -350,13 +351,16 @@ class Stages:
                 pictures = self.tiny.decode_within(latents, self.plan.stages["decode"].working).float()
             else:
                 self.residency.use("vae")
-                rows = self.plan.strip or latents.shape[2]
                 pin = self.plan.locked > 0
-                pictures = decode_in_strips(self.vae, latents, rows, "cpu", pin).float()  # (B, 3, H, W)
+                pictures = self.decode_by(latents, self.plan.strip or latents.shape[2], pin).float()  # (B, 3, H, W)
                 if pin and not self._staged:  # a drawing keeps the host's memory for its next one, and gives it back
                     unlock(self.device)
         self.check_finite(pictures, "the decoded picture")
         return as_pixels(pictures, truncated)
+
+    def decode_by(self, latents: Tensor, rows: int, pin: bool) -> Tensor:
+        """Pictures of latents, in strips of so many rows of theirs; pin: page-lock the host's memory."""
+        return decode_in_strips(self.vae, latents, rows, "cpu", pin)
 
     def check_finite(self, values: Tensor, what: str) -> None:
         """Raise NotFiniteError for NaN or infinity."""

@@ -6,7 +6,7 @@ from dataclasses import replace
 from mmdit.driver.reading import Text, context_length, in_chunks, texts_of
 from mmdit.driver.settings import Settings
 from mmdit.driver.stages import Stages
-from mmdit.memory.budget import DeviceMemoryError, budget_of
+from mmdit.memory.budget import DeviceMemoryError
 from text_encoders import Conditioning, Prompt
 
 __all__ = ["Text", "Texts", "encode", "parts", "texts_of"]
@@ -28,7 +28,7 @@ def parts(stages: Stages, pictures: Sequence[Settings]) -> Iterator[tuple[list[i
     """The list in parts whose texts, encoded, are few enough to keep, each with the bytes of these texts."""
     part: list[int] = []
     texts: dict[Text, int] = {}
-    budgets = {memory: budget_of(memory, stages.device) for memory in {s.memory for s in pictures}}
+    budgets = {memory: stages.budget(memory) for memory in sorted({s.memory for s in pictures})}
     taken = 0
     for i, s in enumerate(pictures):
         most = min(_KEPT * budgets[s.memory], _KEPT_AT_MOST)
@@ -59,7 +59,7 @@ def encode(stages: Stages, pictures: Sequence[Settings], waiting: int, seconds: 
     plan = stages.plan_for(job)
     most = min(_AT_A_TIME, max(map(len, lengths.values())))
     stages.follow(plan, job)
-    budget = budget_of(job.memory, stages.device)
+    budget = stages.budget(job.memory)
     first = stages.planner.texts(job, plan, budget, most) if stages.plan is plan else job.texts
     sizes = iter((first, job.texts))  # the second for a second try
 

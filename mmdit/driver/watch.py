@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from mmdit.common.command import silent
 from mmdit.driver.focusing import Sheet
 from mmdit.driver.settings import Settings
 from mmdit.driver.stages import Stages
@@ -129,7 +130,7 @@ class Progress(Watcher):
         self._steps, self._pictures, self._done = steps, pictures, 0
 
     def __enter__(self) -> "Progress":
-        self._bar = tqdm(total=self._steps, unit="step", disable=None, leave=False)
+        self._bar = tqdm(total=self._steps, unit="step", disable=silent() or None, leave=False)
         self._tell("encode")
         return self
 

@@ -18,13 +18,29 @@ class DeviceMemoryError(ValueError):
     """The device's memory does not suffice; the message names the stage and what to try."""
 
 
+_processes = 1  # that use this host's memory together
+
+
+@contextmanager
+def shared_by(processes: int) -> Iterator[None]:
+    """Meanwhile so many processes compute on this machine's CPU, and each takes its share of what is free there."""
+    global _processes
+    before, _processes = _processes, processes
+    try:
+        yield
+    finally:
+        _processes = before
+
+
 def budget_of(memory: str, device: torch.device) -> int:
     """Bytes that `--memory` allows; of "auto" most of what is free on the device. SettingsError for what is no size."""
     given = memory_bytes(memory)
     if given is not None:
         return given
     free = free_bytes(device)
-    return max(0, min(int(_SHARE * free), free - _LIBRARY)) if device.type == "cuda" else int(_SHARE * free)
+    return (
+        max(0, min(int(_SHARE * free), free - _LIBRARY)) if device.type == "cuda" else int(_SHARE * free) // _processes
+    )
 
 
 @contextmanager

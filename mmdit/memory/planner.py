@@ -27,7 +27,7 @@ class Planner:
         self.costs = Costs(networks, device, dtype)
         self._networks, self._device = networks, device
         self._ready = False  # whether what measuring needs is loaded
-        self._refused = math.inf  # bytes of weights that were to stay and could not be had
+        self.refused = math.inf  # bytes of weights that were to stay and could not be had
         self._beside = self.costs.beside()
 
     # ---- choosing --------------------------------------------------------------------------------
@@ -65,7 +65,7 @@ class Planner:
         more than this plan's peak. In the stage "loading" weights come to stay: where they could not, every stage is to
         take less than they would have, and they are not to stay again.
         """
-        took, most, refused = plan.peaks[stage], plan.peak, self._refused
+        took, most, refused = plan.peaks[stage], plan.peak, self.refused
         if stage not in _CUT:  # it may have been a bound from above
             took = self.predict(plan.modes, job, plan.batch, 0, kept=plan.kept).peaks[stage]
         budget = self._beside + int(_LESS * (took - self._beside))
@@ -80,7 +80,7 @@ class Planner:
         found = found or min(others, key=lambda other: (other.peaks[stage], other.peak), default=None)
         if found is None or found.peaks[stage] >= took:
             return None
-        self._refused = refused
+        self.refused = refused
         return found
 
     def texts(self, job: Job, plan: Plan, budget: int, most: int) -> int:
@@ -97,7 +97,7 @@ class Planner:
 
     def _fits(self, plan: Plan, budget: int) -> bool:
         """Whether it keeps to the budget, and fewer weights stay than could not be had before."""
-        return plan.peak <= budget and self.costs.staying(plan.modes) < self._refused
+        return plan.peak <= budget and self.costs.staying(plan.modes) < self.refused
 
     def _load(self) -> None:
         """On a CPU, load what measuring needs now: it is of the memory that is there beside the model."""
