@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mmdit.common.lent import lend
 from mmdit.model import MMDiT
 
 
@@ -66,7 +67,7 @@ def perturb(block: Any, rows: Tensor) -> Callable[[], None]:
 
 
 def _attend(attn: Any, rows: Tensor) -> Callable[[], None]:
-    own, attend = vars(attn).get("attend"), attn.attend
+    attend = attn.attend
 
     def perturbed(q: Tensor, k: Tensor, v: Tensor, tokens: Any) -> Tensor:
         gathered = attend(q, k, v, tokens)  # (B, N, D)
@@ -77,14 +78,7 @@ def _attend(attn: Any, rows: Tensor) -> Callable[[], None]:
         worse = torch.cat([gathered.index_select(0, index)[:, :first], alone], dim=1)
         return gathered.index_copy(0, index, worse)
 
-    attn.attend = perturbed
-
-    def back() -> None:
-        del attn.attend
-        if own is not None:
-            attn.attend = own
-
-    return back
+    return lend(attn, "attend", perturbed)
 
 
 def _alone(q: Tensor, k: Tensor, v: Tensor, text: int) -> Tensor:

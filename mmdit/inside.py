@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mmdit.attention import attention
 from mmdit.common.errors import SettingsError
+from mmdit.common.lent import lend
 from mmdit.memory.plan import told
 from mmdit.model import MMDiT, Tokens
 
@@ -160,7 +161,7 @@ class Look:
 
     def record(self, attn: Any, i: int) -> None:
         """Who gathers from whom, by a backend between the attention and the one it has."""
-        inner, own = attn.backend, vars(attn).get("backend")
+        inner = attn.backend
 
         def backend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
             first = q.shape[1] - self.tokens.rows * self.tokens.columns  # of the image's tokens that ask
@@ -176,13 +177,7 @@ class Look:
                 self.keep("texts", i, shares(q, k, bias, torch.tensor(self.texts, device=q.device)))
             return attention(q, k, v, inner, bias).unflatten(2, q.shape[2:])
 
-        def back() -> None:
-            del attn.backend
-            if own is not None:
-                attn.backend = own
-
-        attn.backend = backend
-        self.stack.callback(back)
+        self.stack.callback(lend(attn, "backend", backend))
 
 
 def shares(q: Tensor, k: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:

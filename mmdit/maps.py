@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmdit.attention import Backend, attention
 from mmdit.common.errors import SettingsError
+from mmdit.common.lent import lend
 from mmdit.kernels.compiled import uncompiled
 from mmdit.model import MMDiT
 
@@ -107,7 +108,7 @@ def _record(
     attn: Any, i: int, chosen: "Chosen", grid: tuple[int, int], maps: dict[int, Tensor]
 ) -> Callable[[], None]:  # fmt: skip
     """Put a backend between an attention and the one it has; returns what takes it away."""
-    inner, own, image = attn.backend, vars(attn).get("backend"), grid[0] * grid[1]
+    inner, image = attn.backend, grid[0] * grid[1]
 
     def backend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         first = q.shape[1] - image  # of the image's tokens that ask
@@ -121,14 +122,7 @@ def _record(
         maps.setdefault(i, found.mean(dim=2).unflatten(1, grid))  # not again where it is computed again
         return gathered
 
-    attn.backend = backend
-
-    def back() -> None:
-        del attn.backend
-        if own is not None:
-            attn.backend = own
-
-    return back
+    return lend(attn, "backend", backend)
 
 
 class Chosen:

@@ -9,7 +9,7 @@ memory; a model whose forward gives them anything else, or does without them, co
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mmdit.altered import Change, altered
 from mmdit.common.errors import SettingsError
+from mmdit.common.lent import lend
 from mmdit.control.adding import Added, adding
 from mmdit.maps import Look, Seen, seen
 from mmdit.model import MMDiT, Modulation, Modulations
@@ -190,11 +191,7 @@ def answering(prepared: Prepared, latents: Tensor, known: Known) -> Iterator[Non
             known.modulations if sigma is known.sigma and pooled is known.pooled else modulations(sigma, pooled)
         ),
     }
-    own = {name: vars(model)[name] for name in answers if name in vars(model)}  # what a user put in their places
-    vars(model).update(answers)
-    try:
+    with ExitStack() as stack:
+        for name, answer in answers.items():
+            stack.callback(lend(model, name, answer))
         yield
-    finally:
-        for name in answers:
-            del vars(model)[name]
-        vars(model).update(own)

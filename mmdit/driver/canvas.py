@@ -136,8 +136,10 @@ class Canvas:
         # As `predict` likes it best; what is changed comes last.
         asked.sort(key=lambda one: (id(one.row.prepared), -one.row.sigma, str(one.row.change or ""), one.row.text))
         found = dict[tuple[int, Ask], Answer]()
-        pushed = [one for one in asked if one.row.look is not None and one.row.look.cost is not None]
-        for ones, most in ((pushed, self.most), ([one for one in asked if one not in pushed], self.rows)):
+        pushed, others = list[Asked](), list[Asked]()
+        for one in asked:
+            (others if one.row.look is None or one.row.look.cost is None else pushed).append(one)
+        for ones, most in ((pushed, self.most), (others, self.rows)):
             most = most or max(1, len(ones))
             for some in (ones[first : first + most] for first in range(0, len(ones), most)):
                 found |= self._answered(some)

@@ -25,8 +25,7 @@ class Sheet(NamedTuple):
     """What was seen of a picture after one of its steps, in words of the user's."""
 
     attended: Attended
-    tokens: tuple[int, ...]  # of the context, those that maps are of
-    subjects: dict[str, tuple[int, ...]]  # that maps were wanted of: which of these tokens are its
+    subjects: dict[str, tuple[int, ...]]  # that maps were wanted of: which of the maps' tokens are its
 
     def of(self, subject: str) -> Tensor:
         """How much each place attends to a subject's words, in each block `(blocks, rows, columns)`: their mean."""
@@ -113,7 +112,7 @@ class Focusing:
         seen = next((seen for controller in controllers if (seen := controller.taken()) is not None), None)
         maps = self._found.get(MAPS, ())
         return None if seen is None else Sheet(
-            seen, self.tokens, dict(zip((one.phrase for one in maps), self._places(maps)))
+            seen, dict(zip((one.phrase for one in maps), self._places(maps)))
         )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmdit.common.lent import lend
 from mmdit.kernels.stock import same_code
 from mmdit.model import Block, DualBlock, JointBlock, LastContextBlock, MMDiT, SelfAttention, Tokens
 from mmdit.parallel.ranks import Line
@@ -113,7 +114,7 @@ def split(model: MMDiT, exchange: Exchanges) -> Iterator[None]:
     of the own tokens (`Part`). Gradients do not flow. The number of processes divides that of the heads.
     """
     line, part = exchange.line, exchange.part
-    flow, own = model.flow, vars(model).get("flow")
+    flow = model.flow
 
     def shared(latent: Tensor, positions: Tensor, context: Tensor, modulations: Any) -> Tensor:
         with ExitStack() as stack:
@@ -121,7 +122,7 @@ def split(model: MMDiT, exchange: Exchanges) -> Iterator[None]:
                 stack.callback(_exchanging(attn, exchange))
             return flow(latent, positions[:, part.own], context, modulations)
 
-    vars(model)["flow"] = shared
+    back = lend(model, "flow", shared)
     hooks = [
         model.x_embedder.register_forward_hook(lambda *call: part.of(call[2])),
         model.final_layer.register_forward_hook(lambda *call: torch.cat(exchange([call[2]] * line.size), dim=1)),
@@ -131,15 +132,13 @@ def split(model: MMDiT, exchange: Exchanges) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-        del vars(model)["flow"]
-        if own is not None:
-            vars(model)["flow"] = own
+        back()
 
 
 def _exchanging(attn: Any, exchange: Exchanges) -> Callable[[], None]:
     """Put the exchange around an attention; returns what takes it away."""
     line, sizes = exchange.line, exchange.part.sizes
-    own, inner, size = vars(attn).get("attend"), attn.attend, sizes[line.place]
+    inner, size = attn.attend, sizes[line.place]
 
     def attend(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> Tensor:
         heads = q.shape[2] // line.size
@@ -150,11 +149,4 @@ def _exchanging(attn: Any, exchange: Exchanges) -> Callable[[], None]:
         text, *parts = inner(q, k, v, tokens).split([asked, *sizes], dim=1)  # (B, M + N, width / ranks)
         return torch.cat(exchange([torch.cat([text, t], dim=1) for t in parts]), dim=2)  # (B, M + n, width)
 
-    attn.attend = attend
-
-    def back() -> None:
-        del attn.attend
-        if own is not None:
-            attn.attend = own
-
-    return back
+    return lend(attn, "attend", attend)
