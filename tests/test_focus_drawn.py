@@ -152,6 +152,13 @@ def test_a_list_equals_its_singles(pipeline: Pipeline, loss: str) -> None:
         assert np.abs(together[i].astype(int) - alone.astype(int)).max() <= 1
 
 
+def test_conform_compares_with_the_step_before(pipeline: Pipeline) -> None:
+    costs: list[float] = []
+    way = {**FOCUS, "focus_loss": "conform", "focus_gain": "relative", "focus_scale": 0.1}
+    pipeline(PROMPT, **way, on_step=lambda event: costs.append(float(event.attention.attended.cost)))
+    assert costs[0] == 0 and all(cost > 0 for cost in costs[1:])
+
+
 def test_the_prompts_evaluation_serves_guidance(pipeline: Pipeline) -> None:
     """One evaluation with gradients and one for the negative; below the window, both at once as ever."""
     sizes: list[int] = []
@@ -280,6 +287,10 @@ def test_what_goes_back_is_in_the_plan(pipeline: Pipeline, count: int, length: i
     assert job.steep and not plain.steep and steep >= flat
     assert config.depth * tokens < steep < (config.depth + 40) * tokens
     assert activations.denoising_bound("transformer", job, count) >= steep
+    one = job._replace(texts=1)  # without the negative's row
+    assert activations.denoising("transformer", one, count) > activations.denoising(
+        "transformer", one._replace(steep=False), count
+    )
 
 
 # ---- from the command line ---------------------------------------------------------------------------

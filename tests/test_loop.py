@@ -377,3 +377,22 @@ def test_pictures_join_between_two_steps(pipeline: Pipeline, streamed: bool) -> 
     assert at("step 0 of 0") < at("step 0 of 2") < at("step 2 of 0")  # between two steps of the first
     assert at("given 0") < at("step 2 of 2") < at("step 0 of 4")  # which did not wait for it
     assert door.waiting(kind(other))
+
+
+def test_who_joined_is_drawn_once(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the texts of those that there were are encoded one by one."""
+    monkeypatch.setattr(encoding, "_KEPT_AT_MOST", 1)
+    diary = Diary()
+    door = Door({"step 0 of 0": [of(pipeline, "a cow", 3)]}, diary)
+    drawing = Drawing(pipeline, [of(pipeline, "a horse", 1), of(pipeline, "a bear", 2)], [diary], arrivals=door)
+    assert sorted(i for i, _ in drawing) == [0, 1, 2]
+
+
+def test_one_with_gradients_among_others_is_planned_for(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan_for, jobs = pipeline.plan_for, list[Any]()
+    monkeypatch.setattr(pipeline, "plan_for", lambda job: [jobs.append(job), plan_for(job)][1])
+    for some in ([{}, {"focus": "horse; bear"}], [{}, {}]):
+        jobs.clear()
+        pictures = [of(pipeline, "a horse and a bear", i, **more) for i, more in enumerate(some)]
+        assert len(list(Drawing(pipeline, pictures))) == 2
+        assert jobs[-1].count == 2 and jobs[-1].steep == bool(some[1])

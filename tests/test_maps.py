@@ -9,7 +9,7 @@ import torch
 from reference import randomize
 from torch import Tensor
 
-from mmdit.attention import attention_by
+from mmdit.attention import attention, attention_by
 from mmdit.common.errors import SettingsError
 from mmdit.config import TOY, MMDiTConfig
 from mmdit.kernels.compiled import compile_blocks
@@ -157,7 +157,7 @@ def test_compiled_blocks() -> None:
 def test_half_precision() -> None:
     """Small gradients are not lost in float16, nor is bfloat16 far off."""
     model, inputs = model_of(), given(1)
-    small: Any = lambda maps: 1e-3 * uneven(maps)  # noqa: E731
+    small: Any = lambda maps: 1e-6 * uneven(maps)  # noqa: E731
     _, _, gradient = by_formula(model, inputs, [(2, 5)], small)
     for dtype, most in ((torch.bfloat16, 0.08), (torch.float16, 0.01)):
         half = [t.to(dtype) if i != 1 else t for i, t in enumerate(inputs)]
@@ -188,6 +188,38 @@ def test_a_text_with_tokens_of_the_models_own_is_told() -> None:
     model.embed_text = lambda context: torch.cat([plain(context)[:, :1], plain(context)], dim=1)
     with pytest.raises(SettingsError, match="tokens of its own beside the text's"), torch.no_grad():
         look(latents, [Row(Prepared(model, context, pooled), 0.5, 0, None, Look((0,)))])
+
+
+def test_what_is_in_a_block_is_computed_again() -> None:
+    """But in the last, where the way back begins."""
+    model, inputs, calls = model_of(), given(1), [0, 0, 0]
+    for i, block in enumerate(model.joint_blocks):
+        block.register_forward_pre_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
+    looked(model, inputs, [Look((0,), uneven)])
+    assert calls == [2, 2, 1]
+    looked(model, inputs, [Look((0,))])
+    assert calls == [3, 3, 2]
+
+
+def test_a_mask_holds_for_maps_too() -> None:
+    """Of an attention that leaves out some of the text: what is left out has no share, with gradients and without."""
+    model, inputs = model_of(), given(1)
+    for block in model.joint_blocks:
+        attn: Any = block.x_block.attn
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, _: Any, attn: Any = attn) -> Tensor:
+            asks = torch.arange(q.shape[1])[:, None] % 2 == 0
+            bias = (torch.arange(k.shape[1]) != 3) | asks  # every other token does not gather from the third word
+            return attention(q, k, v, attn.backend, bias[None, None])
+
+        attn.attend = attend
+    _, (plain,) = looked(model, inputs, [Look((2, 3))])
+    _, (steep,) = looked(model, inputs, [Look((2, 3), lambda maps: maps.sum())])
+    assert plain is not None and steep is not None
+    assert near(plain.maps, steep.maps)
+    third = plain.maps[:, 1].flatten(1)
+    # Of 15 places the odd ones: 7, and 8 where an odd number of words stands before them, in all blocks but the last.
+    assert (third == 0).sum(1).tolist() == [8, 8, 7] and (plain.maps[:, 0] > 0).all()
 
 
 def test_an_attention_without_shares_is_told() -> None:

@@ -79,13 +79,14 @@ def test_weights_stay_for_what_goes_back(monkeypatch: pytest.MonkeyPatch) -> Non
     stream = layers.stream(rounds=True, pages=Pages(GPU))
     real = stream._carrier.start
     monkeypatch.setattr(stream._carrier, "start", lambda unit: [brought.append(unit), real(unit)][1])
-    for _ in range(2):
+    for again in range(2):
         with torch.enable_grad():
             for i in [0, 1, 2, 3, 4, 4, 3, 2, 1, 0]:
                 assert torch.equal(layers.net[i](x), expected[i])
                 assert stream._ahead is not None
                 stream._ahead.tensors.result()  # what comes next is there: it is in none of this layer's memory
                 assert torch.equal(layers.net[i].weight + 0, layers.stored[f"{i}.weight"])
+                assert not again or [layer.weight is None for layer in layers.net].count(False) == 1
         assert torch.equal(layers.net[0](x), expected[0])
     assert brought[:12] == [0, 1, 2, 3, 4, 0, 4, 3, 2, 1, 0, 1]
     stream.close()
