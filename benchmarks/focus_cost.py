@@ -76,7 +76,7 @@ def measured(pipe: Pipeline, sides: list[int], repeats: int) -> None:
                 seconds += step_seconds(pipe, side, pushed)
         plain, pushed = (median(seconds) for seconds in found.values())
         ratio = pushed / plain
-        print(f"| {side}x{side} | {plain:.2f} s | {pushed:.2f} s | {ratio:.2f} | {1 + share * (ratio - 1):.2f} |")
+        print(f"| {side}x{side} | {plain:.3f} s | {pushed:.3f} s | {ratio:.2f} | {1 + share * (ratio - 1):.2f} |")
 
 
 def on_cpu(folder: Path, side: int, memory: list[str], t5: str) -> None:

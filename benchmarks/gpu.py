@@ -2,8 +2,9 @@
 
 In this order: what the machine is, a full-size checkpoint with random values, the tests that need CUDA, the streams
 under PyTorch's sanitizer, parity in float32 and bfloat16, memory measured against predicted, speed beside diffusers
-eager and compiled, decoding, start. Each is a process of its own with its share of `--minutes`. What it prints lies in
-FOLDER/NAME.txt while it runs, and after each FOLDER/gpu.md says how it ended: a run that is cut off still tells.
+eager and compiled, decoding, start, keeping subjects apart, training. Each is a process of its own with its share of
+`--minutes`. What it prints lies in FOLDER/NAME.txt while it runs, and after each FOLDER/gpu.md says how it ended: a run
+that is cut off still tells.
 
 It needs PyTorch with CUDA and the packages of this project, and for the comparisons diffusers, transformers and pytest.
 Where a machine has no network, carry their wheels along and name the folder in PYTHONPATH. A part whose package is
@@ -52,12 +53,18 @@ def parts(device: str, size: str, work: Path) -> list[Part]:
     parity += " --width 1024 --height 1024" if full else " --width 64 --height 64"
     speed = f"benchmarks.speed {folder} --device {device} --repeats {repeats}"
     memory = f"benchmarks.memory {folder}{'' if device == 'cuda' else ' --memory 1GB'}"
+    focus = f"{folder} --sizes {sides} --repeats {repeats}" + ("" if full else " --memory 1GB")
+    demo = f"benchmarks.parity weights/demo --device {device} --steps {steps}"
+    train = f"benchmarks.emoji.train --out {shlex.quote(str(work / 'trained'))} --data {shlex.quote(str(work))}"
+    few = "--budget steps:2 --scenes 260 --batch 8 --pictures 2"
+    train += f" --device {device} {'--budget 0.5min' if full else few}"
     both, test, ordered = ("diffusers", "transformers"), ("pytest",), {"TORCH_CUDA_SANITIZER": "1"}
     return [
         Part("machine", "what it is", "benchmarks.gpu --describe", 0.1),
         Part("weights", "a checkpoint of random values", f"{weights} --tokenizers {shlex.quote(str(work))}", 0.25),
         Part("tests", "tests that need a GPU", tests, 0.25, test),
         Part("sanitizer", "streams, each access checked", f"{tests} tests/test_streaming.py", 0.15, test, ordered),
+        Part("parity-demo", "the demo against diffusers, float32", demo, 0.2, both),
         Part("parity-fp32", "against diffusers, float32, without T5", f"{parity} --t5 off", 0.2, both),
         Part("parity-bf16", "against diffusers, bfloat16", f"{parity} --dtype bf16 --direct", 0.2, both),
         Part("memory", "peaks, measured against predicted", memory, 0.3),
@@ -65,6 +72,8 @@ def parts(device: str, size: str, work: Path) -> list[Part]:
         Part("decode", "decoding", f"{speed} --stages decode --size {sides}", 0.2, both),
         Part("start", "from nothing to the first step", f"{speed} --stages start --size {first}", 0.2, both),
         Part("whole", "whole pictures", f"{speed} --stages whole --size {sides} --steps {steps}", 0.4, both),
+        Part("focus", "keeping subjects apart, time of a step", f"benchmarks.focus_cost {focus}", 0.3),
+        Part("train", "a small model, as variants are trained", train, 0.3),
     ]
 
 

@@ -56,8 +56,8 @@ def missing(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
         return f"it needs a CUDA device, this is {device.type}"
     if name in ("flash", "cudnn") and not half:
         return "it needs bf16 or fp16"
-    if name == "cudnn" and not torch.backends.cudnn.is_available():
-        return "this PyTorch has no cuDNN"
+    if name == "cudnn" and not (torch.cuda.is_available() and torch.backends.cudnn.is_available()):
+        return "this PyTorch has no cuDNN, or sees no GPU"
     if name == "cudnn" and torch.cuda.get_device_capability(device) < (8, 0):
         return "it needs a GPU of compute capability 8.0 or more"
     if name == "cores" and not cores.available(device, dtype):

@@ -181,6 +181,8 @@ def main(arguments: Any = None) -> int:
         parser.error(str(error))
     except ValueError:
         parser.error(f"--budget: {args.budget!r}: expected 20min, steps:3000 or flops:1e15")
+    if args.scenes <= data.HELD_OUT:
+        parser.error(f"--scenes {args.scenes}: expected more than the {data.HELD_OUT} that are held out")
     if not 0 <= args.pictures <= 8:
         parser.error(f"--pictures {args.pictures}: expected 0 to 8")
     if args.device == "auto":
