@@ -44,16 +44,16 @@ class Part(NamedTuple):
 def parts(device: str, size: str, work: Path) -> list[Part]:
     """The run, in its order. work: a folder with the tokenizers, for the checkpoint."""
     full, folder = size == "full", shlex.quote(str(work / "model"))
-    model, sides = ("sd35-medium", "512 1024 1440") if full else ("toy", "64")
-    first, steps, repeats = ("512", 28, 5) if full else ("64", 2, 1)
-    peers = "diffusers compiled" if full else "diffusers"
+    model, sides, two = ("sd35-medium", "512 1024 1440", "512 1024") if full else ("toy", "64", "64")
+    first, steps, repeats = ("512", 28, 3) if full else ("64", 2, 1)
+    peers = "diffusers compiled --compile" if full else "diffusers"
     weights = f"benchmarks.random_checkpoint {folder} --model {model} --dtype bf16 --clips --t5 --device {device}"
     tests = "pytest -q -m gpu -p no:cacheprovider"
     parity = f"benchmarks.parity {folder} --device {device} --steps 2 --t5-length 77"
     parity += " --width 1024 --height 1024" if full else " --width 64 --height 64"
     speed = f"benchmarks.speed {folder} --device {device} --repeats {repeats}"
     memory = f"benchmarks.memory {folder}{'' if device == 'cuda' else ' --memory 1GB'}"
-    focus = f"{folder} --sizes {sides} --repeats {repeats}" + ("" if full else " --memory 1GB")
+    focus = f"{folder} --sizes {two} --repeats {repeats}" + ("" if full else " --memory 1GB")
     demo = f"benchmarks.parity weights/demo --device {device} --steps {steps}"
     train = f"benchmarks.emoji.train --out {shlex.quote(str(work / 'trained'))} --data {shlex.quote(str(work))}"
     few = "--budget steps:2 --scenes 260 --batch 8 --pictures 2"
@@ -68,12 +68,14 @@ def parts(device: str, size: str, work: Path) -> list[Part]:
         Part("parity-fp32", "against diffusers, float32, without T5", f"{parity} --t5 off", 0.2, both),
         Part("parity-bf16", "against diffusers, bfloat16", f"{parity} --dtype bf16 --direct", 0.2, both),
         Part("memory", "peaks, measured against predicted", memory, 0.3),
-        Part("step", "a guided step", f"{speed} --stages step --size {sides} --peers {peers}", 0.4, both),
-        Part("decode", "decoding", f"{speed} --stages decode --size {sides}", 0.2, both),
+        Part("train", "a small model, as variants are trained", train, 0.2),
+        Part("step", "a guided step", f"{speed} --stages step --size {sides} --peers diffusers", 0.2, both),
+        Part("compiled", "both sides compiled", f"{speed} --stages step --size {two} --peers {peers}", 0.3, both),
+        Part("launches", "ways to start a step's kernels", f"benchmarks.launches {folder} --size {two}", 0.3),
+        Part("whole", "whole pictures", f"{speed} --stages whole --size {two} --steps {steps}", 0.2, both),
         Part("start", "from nothing to the first step", f"{speed} --stages start --size {first}", 0.2, both),
-        Part("whole", "whole pictures", f"{speed} --stages whole --size {sides} --steps {steps}", 0.4, both),
-        Part("focus", "keeping subjects apart, time of a step", f"benchmarks.focus_cost {focus}", 0.3),
-        Part("train", "a small model, as variants are trained", train, 0.3),
+        Part("decode", "decoding", f"{speed} --stages decode --size {sides}", 0.1, both),
+        Part("focus", "keeping subjects apart, time of a step", f"benchmarks.focus_cost {focus}", 0.2),
     ]
 
 
