@@ -57,7 +57,7 @@ def parts(device: str, size: str, work: Path) -> list[Part]:
     demo = f"benchmarks.parity weights/demo --device {device} --steps {steps}"
     train = f"benchmarks.emoji.train --out {shlex.quote(str(work / 'trained'))} --data {shlex.quote(str(work))}"
     few = "--budget steps:2 --scenes 260 --batch 8 --pictures 2"
-    train += f" --device {device} {'--budget 0.5min --scenes 3000' if full else few}"
+    train += f" --device {device} {'--budget 0.9min --scenes 3000' if full else few}"
     both, test, ordered = ("diffusers", "transformers"), ("pytest",), {"TORCH_CUDA_SANITIZER": "1"}
     return [
         Part("machine", "what it is", "benchmarks.gpu --describe", 0.1),
