@@ -203,7 +203,8 @@ def memory(variant: Variant, folder: Path) -> str:
 def saved(variant: Variant, folder: Path) -> str:
     """Saved and loaded again it is the same; without the variant it is refused."""
     model = built(variant)
-    pipe = Pipeline.load(folder, variant=name_of(variant), dtype="fp32", t5="off", editable=True)
+    own = {"dtype": "fp32", "t5": "off", "device": "cpu"}  # where the model is that it is compared with
+    pipe = Pipeline.load(folder, variant=name_of(variant), editable=True, **own)
     found, expected = pipe.transformer.state_dict(), model.state_dict()
     if found.keys() != expected.keys():
         raise WrongError(f"other tensors: {', '.join(sorted(found.keys() ^ expected.keys())[:3])}")

@@ -142,7 +142,7 @@ def test_events_and_pictures_have_the_settings_that_drew_them(tmp_path: Path) ->
     second, _ = next(drawing)
     assert first.lora == second.lora == ()
     assert first.weights == second.weights != pipe.actual["weights"]
-    assert set(seen) == {("cpu", ())}
+    assert set(seen) == {(pipe.device.type, ())}
 
 
 def test_a_call_inside_a_call_does_not_leave_its_plan(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:

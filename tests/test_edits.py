@@ -36,7 +36,7 @@ def plain() -> Tensor:
 def drawn(pipe: Pipeline) -> Tensor:
     trace: dict[str, Tensor] = {}
     pipe.run(pipe.asked({"prompt": "a horse", "negative": "a bear", **STEPS}), trace)
-    return trace["latents.1"]
+    return trace["latents.1"]  # on the CPU
 
 
 def by_hand(pipe: Pipeline) -> Tensor:
@@ -49,9 +49,9 @@ def by_hand(pipe: Pipeline) -> Tensor:
     pipe.residency.use("transformer")
     with torch.no_grad():
         for sigma, after in pairwise(sigmas):
-            cond, uncond = pipe.transformer(x.expand(2, -1, -1, -1), sigma.expand(2), context, pooled).split(1)
+            cond, uncond = pipe.transformer(x.expand(2, -1, -1, -1), sigma.to(x).expand(2), context, pooled).split(1)
             x = x + (after - sigma) * (uncond + defaults.cfg * (cond - uncond))
-    return x
+    return x.cpu()
 
 
 def close(one: Tensor, other: Tensor) -> bool:
@@ -69,7 +69,8 @@ def replaced_mlp(model: MMDiT) -> None:
     width = model.config.hidden_size
     block: Any = model.joint_blocks[1]
     torch.manual_seed(0)
-    block.x_block.mlp = nn.Sequential(nn.Linear(width, 8), nn.ReLU(), nn.Linear(8, width))
+    mlp = nn.Sequential(nn.Linear(width, 8), nn.ReLU(), nn.Linear(8, width))
+    block.x_block.mlp = mlp.to(block.x_block.mlp.fc1.weight.device)
 
 
 def wrapped_context(model: MMDiT) -> None:

@@ -16,7 +16,7 @@ ASKED = {"prompt": "a horse", "width": 64, "height": 64, "steps": 2, "seed": 3}
 
 
 def loaded(mode: Mode = Mode.RESIDENT, **keywords: Any) -> Pipeline:
-    pipe = Pipeline.load(dtype="fp32", **keywords)
+    pipe = Pipeline.load(dtype="fp32", device="cpu", **keywords)
     modes = dict.fromkeys(pipe.residency.networks, Mode.STAGED) | {"transformer": mode}
     pipe.planner.ladder = lambda: [modes]  # pyright: ignore[reportAttributeAccessIssue]
     job = pipe.job(pipe.settings.resolved(pipe.defaults))
@@ -150,7 +150,7 @@ def zero(layer: Any) -> None:
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("mode", [Mode.RESIDENT, Mode.STREAMED])
 def test_a_part_of_zero_is_one_whose_weights_are_zero(part: str, mode: Mode) -> None:
-    pipe, truth = loaded(mode), Pipeline.load(dtype="fp32", editable=True)
+    pipe, truth = loaded(mode), Pipeline.load(dtype="fp32", editable=True, device="cpu")
     plain = drawn(pipe)
     PARTS[part](truth.transformer)
     with ablate(pipe.transformer, part):
@@ -161,7 +161,7 @@ def test_a_part_of_zero_is_one_whose_weights_are_zero(part: str, mode: Mode) -> 
 
 
 def test_heads_are_columns_of_the_projection(pipe: Pipeline) -> None:
-    truth = Pipeline.load(dtype="fp32", editable=True)
+    truth = Pipeline.load(dtype="fp32", editable=True, device="cpu")
     block: Any = truth.transformer.joint_blocks[1]
     size = block.x_block.attn.head_size
     with torch.no_grad():

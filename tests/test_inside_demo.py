@@ -21,7 +21,7 @@ HEADS = [Head(0, "context_attn", 3), Head(1, "attn", 2)]
 
 @pytest.fixture(scope="module")
 def bench() -> Bench:
-    return Bench(Pipeline.load(dtype="fp32"), steps=2)
+    return Bench(Pipeline.load(dtype="fp32", device="cpu"), steps=2)
 
 
 def verdict(*looks: Look, colour: str = "white") -> Verdict:
@@ -138,7 +138,7 @@ def test_everything_comes_to_tables_and_pictures(
     monkeypatch.setattr(inside, "TOP", (1,))
     monkeypatch.setattr(inside, "LEVELS", (0.0,))
     monkeypatch.setattr(inside, "scenes", some)
-    monkeypatch.setattr(inside.Pipeline, "load", lambda: bench.pipe)
+    monkeypatch.setattr(inside.Pipeline, "load", lambda **_: bench.pipe)
     monkeypatch.setattr("sys.argv", ["inside", str(tmp_path / "out"), "--scenes", "1"])
     inside.main()
     tables = (tmp_path / "out" / "tables.md").read_text()

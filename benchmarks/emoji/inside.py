@@ -244,7 +244,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, metavar="OUT_FOLDER")
     parser.add_argument("--scenes", type=int, default=40)
     args = parser.parse_args()
-    start, bench = time.process_time(), Bench(Pipeline.load())
+    start, bench = time.process_time(), Bench(Pipeline.load(device="cpu"))
     args.out.mkdir(parents=True, exist_ok=True)
     looks(bench).save(args.out / "looks.png", optimize=True)
     tables, found = measured(bench, args.scenes)

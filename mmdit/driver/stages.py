@@ -222,13 +222,13 @@ class Stages:
         return text
 
     def noise(self, width: int, height: int, seeds: Iterable[int], rng: str = "cpu") -> Tensor:
-        """The starting latents, float32 `(B, C, h, w)`, drawn on the CPU so that every device starts alike.
+        """The starting latents, float32 `(B, C, h, w)` on the device, drawn on the CPU so that all devices start alike.
 
         rng: "cuda" gives those that a CUDA device would draw.
         """
         config, cell = self.vae.config, self.vae.config.downscale
         shape = (config.latent_channels, height // cell, width // cell)
-        return torch.stack([generator_of(seed, rng)(shape) for seed in seeds])
+        return torch.stack([generator_of(seed, rng)(shape) for seed in seeds]).to(self.device)
 
     def prepare(
         self, texts: Sequence[Conditioning], sigmas: Iterable[float] = (), network: str = "transformer"
