@@ -9,20 +9,19 @@ weights may come and go meanwhile, as in a pass without.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils.checkpoint import checkpoint
 
 from mmdit.attention import Backend, attention
 from mmdit.common.errors import SettingsError
 from mmdit.common.lent import lend
 from mmdit.kernels.compiled import uncompiled
 from mmdit.model import MMDiT
+from mmdit.recompute import recomputed
 
 Cost = Callable[[Tensor], Tensor]  # of one latent's maps: a number
 
@@ -56,11 +55,11 @@ def seen(
     """
     maps: dict[int, Tensor] = {}
     steep = [look is not None and look.cost is not None for look in looks]
-    with recording(model, looks, latents, maps):
+    with recording(model, looks, latents, maps, steep=any(steep)):
         if not any(steep):
             velocity, costs, gradients = predict(latents), [None] * len(looks), None
         else:
-            with torch.enable_grad(), checkpointed(model):
+            with torch.enable_grad(), recomputed(model, maps):
                 leaf = latents.detach().requires_grad_()
                 velocity = predict(leaf)
                 costs = [look.cost(_of(maps, r, look)) if look and look.cost else None for r, look in enumerate(looks)]
@@ -84,13 +83,13 @@ def _of(maps: dict[int, Tensor], row: int, look: Look) -> Tensor:
 
 @contextmanager
 def recording(
-    model: MMDiT, looks: Sequence[Look | None], latents: Tensor, maps: dict[int, Tensor]
-) -> Iterator[None]:  # fmt: skip
+    model: MMDiT, looks: Sequence[Look | None], latents: Tensor, maps: dict[int, Tensor], steep: bool = True
+) -> Iterator[None]:
     """Meanwhile every evaluation of these latents puts into `maps`, for each block, what they look at.
 
     maps: filled with `(R, rows, columns, tokens)`, float32, the mean of the heads; as many tokens as the look with the
-    most has. A block that is computed again changes nothing there. Raises SettingsError for a model whose attention
-    has no shares.
+    most has. steep: whether gradients are to go through them. Raises SettingsError for a model whose attention has no
+    shares.
     """
     grid, chosen = model.grid(latents), Chosen([look.tokens if look else () for look in looks])
     with ExitStack() as stack:
@@ -100,26 +99,26 @@ def recording(
             attn = getattr(attn, "attn", None)
             if not hasattr(attn, "backend"):
                 raise SettingsError(f"maps of attention: block {i} of this variant has no attention with shares")
-            stack.callback(_record(attn, i, chosen, grid, maps))
+            stack.callback(_record(attn, i, chosen, grid, maps, steep))
         yield
 
 
 def _record(
-    attn: Any, i: int, chosen: "Chosen", grid: tuple[int, int], maps: dict[int, Tensor]
-) -> Callable[[], None]:  # fmt: skip
+    attn: Any, i: int, chosen: "Chosen", grid: tuple[int, int], maps: dict[int, Tensor], steep: bool
+) -> Callable[[], None]:
     """Put a backend between an attention and the one it has; returns what takes it away."""
     inner, image = attn.backend, grid[0] * grid[1]
 
     def backend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         first = q.shape[1] - image  # of the image's tokens that ask
-        if torch.is_grad_enabled() and inner in _BY_PYTORCH:  # what goes back is most of the work: one way for both
+        if steep and inner in _BY_PYTORCH:  # what goes back is most of the work: one way for both
             gathered, every = both(q, k, v, chosen, bias)
             found = every[:, first:]
         else:
             some = None if bias is None else bias.expand(*bias.shape[:-2], q.shape[1], k.shape[1])[..., first:, :]
             found = shares(q[:, first:], k, chosen, inner, some)  # (R, N, H, tokens)
             gathered = attention(q, k, v, inner, bias).unflatten(2, q.shape[2:])
-        maps.setdefault(i, found.mean(dim=2).unflatten(1, grid))  # not again where it is computed again
+        maps[i] = found.mean(dim=2).unflatten(1, grid)
         return gathered
 
     return lend(attn, "backend", backend)
@@ -166,46 +165,3 @@ def both(q: Tensor, k: Tensor, v: Tensor, chosen: Chosen, bias: Tensor | None) -
     found = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in wide), attn_mask=bias, scale=width**-0.5)
     gathered, extra = found.transpose(1, 2).split([width, more], dim=-1)
     return gathered, extra[..., : chosen.most].float()
-
-
-@contextmanager
-def checkpointed(model: MMDiT) -> Iterator[None]:
-    """Meanwhile the graph keeps what goes into each block, and what is in it is computed again on the way back.
-
-    Chen et al. 2016 (arXiv 1604.06174). Around the call of a block, hooks and all: a block whose weights come when it
-    is called has them again then. The way back begins in the last, which would be computed twice in a row.
-    """
-    blocks: Any = model.joint_blocks
-    own = dict(blocks._modules)
-    blocks._modules.update({name: Checkpointed(block) for name, block in [*own.items()][:-1]})
-    try:
-        yield
-    finally:
-        blocks._modules.update(own)
-
-
-class Checkpointed:
-    """A block in whose graph nothing is kept but what it was called with."""
-
-    def __init__(self, block: Any) -> None:
-        self._block = block
-
-    def __call__(self, *given: Any) -> Any:
-        return checkpoint(self._block, *given, use_reentrant=False, preserve_rng_state=False, context_fn=_modes)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._block, name)
-
-
-def _modes() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """What to compute in at first, and again: on the way back PyTorch leaves modes of functions, as meters are, off."""
-
-    @contextmanager
-    def again() -> Iterator[None]:
-        with ExitStack() as stack:
-            for mode in modes:
-                stack.enter_context(mode)
-            yield
-
-    modes = _get_current_function_mode_stack()
-    return nullcontext(), again()

@@ -136,8 +136,7 @@ class Map:
 
     def norm(self, norm: GroupNorm) -> WholeNorm:
         """The norm of the whole map, after its last strip."""
-        mean, variance = _merged(self.moments, norm.num_groups)
-        return WholeNorm(mean, variance, norm.weight.to(mean.dtype), norm.bias.to(mean.dtype), norm.eps)
+        return _whole(self.moments, norm)
 
 
 def largest_map(config: VAEConfig, h: int, w: int) -> int:
@@ -146,6 +145,16 @@ def largest_map(config: VAEConfig, h: int, w: int) -> int:
     made = [width * 4**level for level, width in enumerate(widths)]
     doubled = [4 * numbers for numbers in made[:-1]]
     return h * w * max(made + doubled)
+
+
+def whole_norm(x: Tensor, norm: GroupNorm) -> WholeNorm:
+    """That of a map `(1, C, h, w)` that is all there."""
+    return _whole([(x.shape[2], *_moments(x))], norm)
+
+
+def _whole(moments: list[tuple[int, Tensor, Tensor]], norm: GroupNorm) -> WholeNorm:
+    mean, variance = _merged(moments, norm.num_groups)
+    return WholeNorm(mean, variance, norm.weight.to(mean.dtype), norm.bias.to(mean.dtype), norm.eps)
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -93,12 +93,10 @@ def peak(
 ) -> Peak:
     """All three peaks of `decode_peak`'s arguments, or `encode_peak`'s.
 
-    gpu: whether that is where it is computed. PyTorch's group norm there gives up the layout that convolutions in 16
-    bits want (channels last), and each copies its input back (`native_group_norm` in PyTorch 2.13, read, not measured).
+    gpu: whether that is where it is computed, and in 16 bits by norms that keep the layout (`vae.channels`).
     """
     if rows is None or rows >= h:
-        plain = _plain_encode if encode else _plain
-        moments = list(plain(config, h, w, copied=gpu and dtype.itemsize == 2))
+        moments = list((_plain_encode if encode else _plain)(config, h, w))
     else:
         stripped = _encode_in_strips if encode else _in_strips
         moments = list(stripped(config, h, w, rows, dtype.itemsize, LAUNCHED if gpu else CACHED))
@@ -148,31 +146,30 @@ def _middle(config: VAEConfig, h: int, w: int) -> Moment:
     return Moment(9 * config.block_out_channels[-1] * h * w)
 
 
-def _plain(config: VAEConfig, h: int, w: int, copied: bool) -> Iterator[Moment]:
-    norms = 2 if copied else 1  # of a convolution's input
+def _plain(config: VAEConfig, h: int, w: int) -> Iterator[Moment]:
     yield _middle(config, h, w)
     for layer in _layers(config):
         after, size = layer.after, layer.scale**2 * h * w
-        yield from _block(layer, size, norms)
+        yield from _block(layer, size)
         if layer.doubles:
             yield Moment((1 + 4 + 4) * after * size)  # the map, its rows and columns doubled, the result
     width, size = config.block_out_channels[0], config.downscale**2 * h * w
-    yield Moment(((1 + norms) * width + config.image_channels) * size)
+    yield Moment((2 * width + config.image_channels) * size)
 
 
-def _block(layer: Layer, size: int, norms: int) -> Iterator[Moment]:
+def _block(layer: Layer, size: int) -> Iterator[Moment]:
     """A residual block of a map of so many pixels."""
     before, after = layer.before, layer.after
-    yield Moment(((1 + norms) * before + after) * size)  # conv1: the block's input, its norm, the result
-    yield Moment((before + (1 + norms) * after) * size)  # conv2 likewise, and the sum, the input in another width
+    yield Moment((2 * before + after) * size)  # conv1: the block's input, its norm, the result
+    yield Moment((before + 2 * after) * size)  # conv2 likewise, and the sum, the input in another width
 
 
-def _plain_encode(config: VAEConfig, h: int, w: int, copied: bool) -> Iterator[Moment]:
-    norms, height, width = 2 if copied else 1, config.downscale * h, config.downscale * w
+def _plain_encode(config: VAEConfig, h: int, w: int) -> Iterator[Moment]:
+    height, width = config.downscale * h, config.downscale * w
     image = config.image_channels * height * width
     for layer in _encoder_layers(config):
         rows, columns = layer.scale * h, layer.scale * w
-        for moment in _block(layer, rows * columns, norms):
+        for moment in _block(layer, rows * columns):
             yield Moment(image + moment.made)
         if layer.halves:  # the map, once more with zeros at two edges, the result
             made = rows * columns + (rows + 1) * (columns + 1) + rows * columns // 4

@@ -38,6 +38,7 @@ from mmdit.kernels.onednn import by_onednn
 from mmdit.memory.budget import DeviceMemoryError, memory_errors
 from text_encoders import TokenizerError
 from text_encoders.subjects import Found
+from vae import keep_channels_last
 from weights import CheckpointError
 
 USER_ERRORS = (SettingsError, CheckpointError, TokenizerError, NotFiniteError, DeviceMemoryError)
@@ -71,6 +72,8 @@ class Pipeline(Stages):
         if self.device.type == "cpu":
             for module in self.denoisers:
                 by_onednn(module)
+        else:
+            keep_channels_last(self.vae)
         if settings.compile:
             for module in self.denoisers:
                 compile_model(module, self.device)

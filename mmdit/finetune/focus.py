@@ -32,8 +32,9 @@ from mmdit.finetune import adjoint
 from mmdit.finetune.lora import JOINT_ATTENTION, Lora, targets
 from mmdit.finetune.options import FocusTuning
 from mmdit.finetune.state import Files, Log, picked, read, save, seeded, undivided
-from mmdit.maps import Look, checkpointed
+from mmdit.maps import Look
 from mmdit.prepared import Prepared, Row
+from mmdit.recompute import checkpointed
 from samplers.focus import COSTS
 from text_encoders import Conditioning
 
