@@ -7,6 +7,7 @@ The glyphs are those of Noto Color Emoji (Debian package fonts-noto-color-emoji,
 A scene is a pure function of its fields, so a picture can be rendered again for comparison.
 """
 
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
@@ -16,7 +17,7 @@ from random import Random
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
+FONT = Path(os.environ.get("EMOJI_FONT", "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"))
 FONT_SIZE = 109  # the only size of the font's bitmaps, 136 by 128 pixels
 
 NOUNS: dict[str, str] = {
@@ -202,7 +203,9 @@ def glyph(noun: str, side: int, tint: str | None = None) -> np.ndarray:
     if tint:
         return tinted_as(glyph(noun, side), COLOURS[tint])
     if not FONT.exists():
-        raise FileNotFoundError(f"{FONT} is missing: install the Debian package fonts-noto-color-emoji")
+        raise FileNotFoundError(
+            f"{FONT} is missing: install the Debian package fonts-noto-color-emoji, or name the file in EMOJI_FONT"
+        )
     font = ImageFont.truetype(str(FONT), FONT_SIZE)
     canvas = Image.new("RGBA", (160, 160), (0, 0, 0, 0))
     ImageDraw.Draw(canvas).text((8, 8), NOUNS[noun].rstrip("\ufe0f"), font=font, embedded_color=True)

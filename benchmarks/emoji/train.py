@@ -193,7 +193,7 @@ def main(arguments: Any = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     try:
         return 0 if train(Run(variant, args), budget) else 130
-    except CheckpointError as error:
+    except (CheckpointError, FileNotFoundError) as error:
         parser.error(str(error))
 
 
