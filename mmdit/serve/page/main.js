@@ -18,6 +18,7 @@ let model = null;
 let entries = []; // of the history, the newest first
 let shown = []; // of these, what is on the wall
 let drawing = null; // what aborts it
+let painted = null; // while a mask is painted: what takes it
 const chosen = new Set(); // numbers of pictures to compare
 
 // ---- telling -----------------------------------------------------------------------------------
@@ -90,6 +91,7 @@ async function meet() {
 
 async function draw() {
   if (drawing || $("draw").disabled || !form.valid()) return;
+  painted?.();
   trouble(null);
   const set = form.read();
   const begin = form.beginning();
@@ -194,6 +196,7 @@ function nothing() {
 }
 
 function show(some) {
+  painted?.();
   shown = some;
   $("reuse").disabled = some.length === 0;
   if (some.length === 0) nothing();
@@ -241,8 +244,13 @@ function paint() {
   const found = form.beginning();
   if (drawing || !found) return;
   const painter = found.mask ?? new Painter(found.blob, found.width, found.height);
+  painted = () => {
+    painted = null;
+    form.setMask(painter);
+  };
   stage.painting(painter, (used) => {
-    if (used || found.mask) form.setMask(painter);
+    if (used || found.mask) painted();
+    painted = null;
     show(shown);
     say(found.mask ? "The mask is used." : "There is no mask.");
     $("prompt").focus({ preventScroll: true });

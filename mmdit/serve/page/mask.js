@@ -68,7 +68,7 @@ export class Painter {
     pen.lineCap = "round";
     pen.beginPath();
     pen.moveTo(from.x, from.y);
-    pen.lineTo(to.x, to.y);
+    pen.lineTo(to.x + 0.01, to.y); // a line of no length would not be there
     pen.stroke();
   }
 

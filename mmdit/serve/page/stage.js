@@ -62,9 +62,8 @@ export function coming(count, ratio, width) {
     const image = h("img", { alt: `Picture ${i + 1} of ${count}, on its way`, hidden: true });
     const bar = h("span", { className: "hair", "aria-hidden": "true" });
     const text = h("figcaption", { textContent: "Waiting for its turn" });
-    const box = frame(ratio, width, image, bar);
-    box.classList.add("coming");
-    return { image, bar, text, box, tile: h("figure", { className: "tile" }, box, text) };
+    const box = h("div", { className: "frame coming" }, image, bar);
+    return { image, bar, text, box, tile: tileOf(ratio, width, box, text) };
   });
   put("coming", [sheet(tiles.map((one) => one.tile), ratio)], []);
   return {
@@ -81,6 +80,12 @@ export function coming(count, ratio, width) {
       else image.dataset.glances = Number(image.dataset.glances ?? 0) + 1;
     },
   };
+}
+
+function tileOf(ratio, width, ...children) {
+  const tile = h("figure", { className: "tile" }, ...children);
+  sized(tile, ratio, width);
+  return tile;
 }
 
 // Tiles in the number of columns in which they are largest.
@@ -138,7 +143,7 @@ export const fileName = (entry) =>
 async function showMap(canvas, blob) {
   const map = await createImageBitmap(blob);
   [canvas.width, canvas.height] = [map.width, map.height];
-  const pen = canvas.getContext("2d");
+  const pen = canvas.getContext("2d", { willReadFrequently: true });
   pen.drawImage(map, 0, 0);
   const pixels = pen.getImageData(0, 0, map.width, map.height);
   for (let i = 0; i < pixels.data.length; i += 4) {
@@ -166,8 +171,8 @@ export function several(entries, open, wiped = false) {
     put("wipe", [wipe(entries)], about);
     return;
   }
-  const tiles = entries.map((entry, i) => h("figure", { className: "tile" },
-    frame(entry.width / entry.height, entry.width,
+  const tiles = entries.map((entry, i) => tileOf(entry.width / entry.height, entry.width,
+    h("div", { className: "frame" },
       h("button", { type: "button", className: "open", "aria-label": `Open: ${nameOf(entry)}`, onclick: () => open(entry) },
         h("img", { src: addressOf(entry.blob), alt: nameOf(entry) }))),
     h("figcaption", {}, list(told[i]))));
