@@ -112,7 +112,7 @@ def visiting(browser: Browser, url: str, refused: bool = False, **more: Any) -> 
 
     refused: the server refuses requests, which the browser tells on its console. more: of the context.
     """
-    context = browser.new_context(**{"viewport": {"width": 1280, "height": 860}, **more})
+    context = browser.new_context(**{"viewport": {"width": 1280, "height": 860}, "reduced_motion": "reduce", **more})
     visit = Visit(context.new_page(), context)
 
     def heard(message: ConsoleMessage) -> None:

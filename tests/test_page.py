@@ -77,7 +77,7 @@ def test_what_is_named_is_there() -> None:
         assert asked - {"brush"} <= {*ids}, name  # which a script makes
     assert {*re.findall(r"(?<=[\s{(,])--[\w-]+(?=:)", TEXTS["style.css"])} >= {
         name for name in re.findall(r"var\((--[\w-]+)", TEXTS["style.css"])
-        if name not in ("--ratio", "--most", "--columns", "--rows", "--at")
+        if name not in ("--ratio", "--most", "--columns", "--rows", "--below", "--at")
     }  # fmt: skip
 
 

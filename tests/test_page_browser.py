@@ -399,7 +399,7 @@ def test_no_screen_is_too_narrow(browser: Browser, served: Served, width: int) -
     """Nor is a prompt without blanks too long."""
     size = {"viewport": {"width": width, "height": 800}}
     phone = {"has_touch": True, "is_mobile": True} if width < 800 else {}
-    with visiting(browser, served.url, color_scheme="dark", reduced_motion="reduce", **size, **phone) as visit:
+    with visiting(browser, served.url, color_scheme="dark", **size, **phone) as visit:
         visit.ready()
         assert not visit.sideways()
         visit.small(f"{PROMPT} {'w' * 300}", seed=1, words_of_the_prompt="horse; bear")

@@ -158,7 +158,7 @@ async function showMap(canvas, blob) {
 
 export function several(entries, open, wiped = false) {
   const told = differences(entries);
-  const ratio = Math.max(...entries.map((entry) => entry.width / entry.height));
+  const ratio = Math.exp(entries.reduce((sum, { width, height }) => sum + Math.log(width / height), 0) / entries.length);
   const mode = (text, on, act) => h("button", { type: "button", "aria-pressed": String(on), onclick: act }, text);
   const about = [];
   if (entries.length === 2) {
@@ -176,7 +176,9 @@ export function several(entries, open, wiped = false) {
       h("button", { type: "button", className: "open", "aria-label": `Open: ${nameOf(entry)}`, onclick: () => open(entry) },
         h("img", { src: addressOf(entry.blob), alt: nameOf(entry) }))),
     h("figcaption", {}, list(told[i]))));
-  put("several", [sheet(tiles, ratio)], about);
+  const wall = sheet(tiles, ratio);
+  wall.style.setProperty("--below", `${2 + 1.2 * Math.min(4, Object.keys(told[0]).length)}rem`);
+  put("several", [wall], about);
 }
 
 export const nameOf = (entry) => `${entry.settings.prompt || "without a prompt"}, seed ${entry.seed}`;
