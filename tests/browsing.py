@@ -58,6 +58,9 @@ class Visit:
         """The same of a picture that is soon there."""
         self.fill(prompt, width=64, height=48, **{"steps": 4, **more})
 
+    def value(self, label: str) -> str:
+        return self.page.get_by_label(label, exact=True).input_value()
+
     def draw(self) -> None:
         """Until all of it is drawn."""
         before = self.page.locator(".thumb").count()

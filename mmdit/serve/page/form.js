@@ -1,6 +1,6 @@
 // The controls: what they say, and what they are told.
 
-import { $, addressOf, forget, h } from "./dom.js";
+import { $, addressOf, h } from "./dom.js";
 
 const SHAPES = [["Square", 1, 1], ["Portrait", 3, 4], ["Landscape", 4, 3], ["Tall", 9, 16], ["Wide", 16, 9]];
 const TEXTS = ["prompt", "negative", "words", "sampler", "schedule"];
@@ -51,7 +51,7 @@ export function learn({ defaults, limits }) {
   showShape();
 }
 
-const whole = (side, most) => Math.min(Math.floor(most / multiple), Math.max(1, Math.round(side / multiple))) * multiple;
+const whole = (side, most) => Math.max(1, Math.min(Math.floor(most / multiple), Math.round(side / multiple))) * multiple;
 
 function shapeButton({ name, width, height, across, down }) {
   const outline = h("span", { className: "outline", "aria-hidden": "true" });
@@ -114,7 +114,8 @@ export function read() {
 export function fill(given) {
   for (const name of TEXTS) if (typeof given[name] === "string") $(name).value = given[name];
   if (typeof given.attention_maps === "string") $("words").value = given.attention_maps;
-  for (const name of ["width", "height", "count"]) if (Number.isFinite(given[name])) $(name).value = given[name];
+  for (const name of ["width", "height"]) if (given[name] > 0) $(name).value = whole(given[name], given[name]);
+  if (given.count > 0) $("count").value = given.count;
   for (const name of ["steps", "cfg", "strength"]) if (Number.isFinite(given[name])) setNumber(name, given[name]);
   if (Number.isSafeInteger(given.seed)) setSeed(given.seed);
   for (const name of ["prompt", "negative"]) grow($(name));
@@ -154,7 +155,6 @@ export async function setBeginning(blob) {
     found = { blob, width: image.width, height: image.height, mask: null };
     image.close();
   }
-  if (begin) forget(begin.blob);
   begin = found;
   $("begin-none").hidden = begin !== null;
   $("begin-some").hidden = begin === null;

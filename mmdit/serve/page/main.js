@@ -109,8 +109,7 @@ async function draw() {
     const pictures = begin && { image: begin.blob, mask };
     for await (const event of api.draw(form.wish(set), pictures, drawing.signal)) {
       if (event.step) {
-        coming.step(event.index, event.step, event.steps);
-        pace.step(event);
+        coming.step(event.index, event.step, event.steps, pace.step(event));
       } else {
         coming.glance(event.index, event.blob, Boolean(event.done));
         if (event.done) found.push(await keep(event, set, begin));
@@ -142,7 +141,7 @@ function busy(on) {
   else $("progress").removeAttribute("value");
 }
 
-// How far it is, told now and then.
+// How far it is, told now and then; a step gives the seconds that are left.
 class Pace {
   constructor(count) {
     [this.count, this.steps, this.quarter, this.since] = [count, new Map(), 0, null];
@@ -155,11 +154,12 @@ class Pace {
     const percent = Math.round(100 * share);
     $("progress").value = share;
     document.title = `${percent} % · mmdit`;
+    const left = ((performance.now() - this.since) / 1000) * (1 / share - 1);
     if (Math.floor(4 * share) > this.quarter && share < 1) {
       this.quarter = Math.floor(4 * share);
-      const left = ((performance.now() - this.since) / 1000) * (1 / share - 1);
       say(`${percent} percent${left < 2 ? "" : `, about ${Math.round(left)} seconds left`}.`);
     }
+    return left;
   }
 }
 
@@ -220,6 +220,7 @@ const actions = (entry) => ({
   remove: async () => {
     if (!(await sure("Delete this picture? It is nowhere else unless you saved it."))) return;
     await history.remove(entry.id);
+    for (const blob of [entry.blob, entry.thumb]) forget(blob);
     const place = entries.indexOf(entry);
     entries = entries.filter((other) => other !== entry);
     chosen.delete(entry.id);
@@ -236,8 +237,11 @@ function restore(settings) {
 }
 
 async function begin(blob) {
+  const leave = painted !== null;
+  painted = null; // the mask was of another picture
   await form.setBeginning(blob);
-  say("The next picture begins with this one.");
+  if (leave) show(shown);
+  say(blob ? "The next picture begins with this one." : "The next picture begins with noise.");
 }
 
 function paint() {
@@ -313,8 +317,7 @@ $("choose").addEventListener("click", () => $("file").click());
 $("restore").addEventListener("click", () => $("restore-file").click());
 $("paint").addEventListener("click", paint);
 $("begin-remove").addEventListener("click", careful(async () => {
-  await form.setBeginning(null);
-  show(shown);
+  await begin(null);
   $("choose").focus();
 }));
 
@@ -374,6 +377,7 @@ $("strip").addEventListener("keydown", (event) => {
 // ---- begin -------------------------------------------------------------------------------------
 
 form.prepare();
+if (/Mac|iP/.test(navigator.platform)) $("draw").querySelector("kbd").textContent = "⌘ ↵";
 nothing();
 meet();
 history.all().then((found) => {

@@ -67,9 +67,9 @@ export function coming(count, ratio, width) {
   });
   put("coming", [sheet(tiles.map((one) => one.tile), ratio)], []);
   return {
-    step(index, step, steps) {
+    step(index, step, steps, left) {
       tiles[index].bar.style.scale = `${step / steps} 1`;
-      tiles[index].text.textContent = `Step ${step} of ${steps}`;
+      tiles[index].text.textContent = `Step ${step} of ${steps}${left < 2 ? "" : `, ${Math.round(left)} s left`}`;
     },
     glance(index, blob, done) {
       const { image, box, text } = tiles[index];
