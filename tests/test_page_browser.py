@@ -190,14 +190,12 @@ def test_pictures_that_are_dropped(visit: Visit) -> None:
     page.get_by_role("button", name="Remove").wait_for()
     visit.fill(PROMPT, seed=2, steps=4, strength=0.5)
     visit.draw()
-    own = {"prompt": PROMPT, "init": init, "strength": 0.5, "seed": 2, "steps": 4}
+    own: dict[str, Any] = {"prompt": PROMPT, "init": init, "strength": 0.5, "seed": 2, "steps": 4}
     assert np.array_equal(visit.pixels(), np.asarray(pipeline()(**own)[0]))
     page.get_by_role("button", name="Remove").click()
-    settings = Settings(
-        "a bear and a fox", negative="red", seed=77, width=64, height=48, steps=3, cfg=4.5, sampler="dpmpp_2m",
-        schedule="karras",
-    ).resolved({})  # fmt: skip
-    image = pipeline().run(settings).images[0]
+    own = {"prompt": "a bear and a fox", "negative": "red", "seed": 77, "width": 64, "height": 48, "steps": 3}
+    own |= {"cfg": 4.5, "sampler": "dpmpp_2m", "schedule": "karras"}
+    image, settings = pipeline()(**own)[0], Settings(**own).resolved({})
     visit.let_fall(file_of(image, pnginfo=png_info(settings)), "b.png", "#drop-restore")
     page.get_by_text("Settings restored.").wait_for(state="attached")
     said = [visit.value(name) for name in ("Prompt", "Negative prompt", "Seed", "Width", "Steps", "Guidance", "Solver")]

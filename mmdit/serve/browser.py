@@ -39,11 +39,12 @@ def routes() -> list[Route]:
 
 async def answer(request: Request) -> Response:
     """One of the files, or 304 where the browser has it."""
-    data, tag = _read(FILES[request.url.path][0])
+    name, kind = FILES[request.scope["path"]]
+    data, tag = _read(name)
     headers = {**_HEADERS, "etag": tag}
     if tag in [one.strip().removeprefix("W/") for one in request.headers.get("if-none-match", "").split(",")]:
         return Response(status_code=304, headers=headers)
-    return Response(data, headers={**headers, "content-type": FILES[request.url.path][1]})
+    return Response(data, headers={**headers, "content-type": kind})
 
 
 @cache

@@ -21,6 +21,8 @@ class Words(Watcher):
         self._seen[event.index] = {}  # of a picture in two passes, the second's are kept
 
     def step(self, event: Stepped) -> None:
+        if event.stopped:
+            self._seen.pop(event.index, None)
         if event.stopped or event.attention is None:
             return
         for subject in event.attention.subjects:  # a picture that begins anew after an error takes its steps again
