@@ -18,7 +18,10 @@ import torch
 from manifests import DATA
 
 # Files whose tests take longest, which begin first: the last to end is a short one, and no core waits long for it.
-LONG = ("compiled", "variants", "vae_strips", "layouts_table", "batch", "variant_page", "plans", "kept", "edits")
+LONG = (
+    "compiled", "variants", "vae_strips", "layouts_table", "batch", "variant_page", "plans", "kept", "edits",
+    "page_browser",
+)  # fmt: skip
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

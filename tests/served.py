@@ -151,9 +151,9 @@ def opened(text: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(text)))
 
 
-def file_of(image: Image.Image, form: str = "PNG") -> bytes:
+def file_of(image: Image.Image, form: str = "PNG", **more: Any) -> bytes:
     data = io.BytesIO()
-    image.save(data, format=form)
+    image.save(data, format=form, **more)
     return data.getvalue()
 
 

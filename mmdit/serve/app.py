@@ -13,6 +13,7 @@ from mmdit.common.command import give, say
 from mmdit.common.errors import SettingsError
 from mmdit.driver.pipeline import USER_ERRORS, Pipeline
 from mmdit.run import settle
+from mmdit.serve import browser
 from mmdit.serve.asking import Front
 from mmdit.serve.automatic import Automatic
 from mmdit.serve.guard import Guard
@@ -57,8 +58,8 @@ class State:
 
 
 def make_app(front: Front, keys: Keys, log: Callable[[str], object] = say) -> Guard:
-    """All routes. A page, or more of an interface, is a further list of them here."""
-    routes = [*State(front).routes(), *OpenAI(front).routes(), *Automatic(front).routes()]
+    """All routes. More of an interface is a further list of them here."""
+    routes = [*State(front).routes(), *OpenAI(front).routes(), *Automatic(front).routes(), *browser.routes()]
     router = Router(routes, redirect_slashes=False)
     return Guard(router, front.options, keys, front.metrics, frozenset(route.path for route in routes), log)
 

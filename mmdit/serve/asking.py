@@ -31,10 +31,9 @@ from mmdit.serve.studio import Studio
 
 _CHARACTERS = 32_000  # of a text
 _PIXELS = 25_000_000  # of a picture that is sent
-_TEXTS = 8  # of `also`, each of which is evaluated at every step
+_TEXTS = 8  # of `also`, each of which is evaluated at every step; of `attention_maps`, each of which is kept
 
-# The server's own, or, for `attention_maps`, without a place in the answers.
-_ITS_OWN = {*OF_THE_COMMAND, "attention", "attention_maps", "count"}
+_ITS_OWN = {*OF_THE_COMMAND, "attention", "count"}
 _NOT_A_PICTURES = {Mark.LOADED, Mark.OF_THE_RUN, Mark.FOUND}
 
 PICTURES = marked(Settings, Mark.PICTURE)
@@ -135,6 +134,9 @@ def settings_for(given: Mapping[str, Any], base: Settings) -> Settings:
     also = found.get("also", ())
     if isinstance(also, tuple) and len(also) > _TEXTS:
         raise SettingsError(f"also has {len(also)} texts: expected at most {_TEXTS}")
+    words = found.get("attention_maps")
+    if isinstance(words, str) and words.count(";") >= _TEXTS:
+        raise SettingsError(f"attention_maps has {words.count(';') + 1} subjects: expected at most {_TEXTS}")
     return settings_from(found, base)
 
 
@@ -178,6 +180,19 @@ class Front:
         for name, side in sides.items():
             if isinstance(side, int) and side > most.most_side:
                 raise SettingsError(f"{name} is {shown(side)}: expected at most {most.most_side}")
+
+    def told(self) -> dict[str, Any]:
+        """What whoever asks may want to know before: the model's defaults, and what a request may be."""
+        most = self.options
+        limits = {"side": most.most_side, "steps": most.most_steps, "pictures": most.most_pictures}
+        if not self.studio.loaded:
+            return {"limits": limits}
+        pipe = self.studio.pipeline_owned
+        config = pipe.transformer.config
+        limits["multiple"] = multiple = config.patch_size * pipe.vae.config.downscale
+        if config.largest is not None:
+            limits["side"] = min(most.most_side, config.largest * multiple)
+        return {"defaults": dict(pipe.defaults), "limits": limits}
 
     async def ask(self, request: Request, given: Mapping[str, Any], count: int, look: Look | None = None) -> "Asked":
         """Have a request's pictures drawn; raises what `checked` and `Studio.submit` do."""

@@ -1,9 +1,10 @@
 """What the studio tells whoever asked for pictures, and why it does not draw."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from PIL import Image
+from torch import Tensor
 
 from mmdit.driver.settings import Settings
 
@@ -23,6 +24,7 @@ class Drawn:
     index: int
     settings: Settings  # all filled in
     image: Image.Image
+    maps: dict[str, Tensor] = field(default_factory=dict)  # of `attention_maps`, by subject (`words.Words.of`)
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mmdit.common.command import say
-from mmdit.serve import automatic, openai
+from mmdit.serve import automatic, browser, openai
 from mmdit.serve.keys import Keys
 from mmdit.serve.metrics import Metrics
 from mmdit.serve.options import ServeOptions, loopback
 from mmdit.serve.replies import GONE, RefusedError, Trouble, trouble
 
-_OPEN = {"/health", "/ready"}  # without a key
+_OPEN = {"/health", "/ready", *browser.FILES}  # without a key; the page asks for it
 _LOCAL = {"localhost", "127.0.0.1", "::1"}
 _PATIENCE = 60  # seconds that a client may send nothing in the middle of a request
 _AT_ONCE = 16  # of the largest bodies, in all that is being answered

@@ -28,6 +28,7 @@ from mmdit.images.given import Given
 from mmdit.serve.asking import NAMES, Asked, Front, Looked, as_setting, check_name, from_text, picture
 from mmdit.serve.events import Drawn, Ended, Stepped
 from mmdit.serve.replies import FORMATS, RefusedError, Trouble, base64_of, model_name, trouble
+from mmdit.serve.words import base64_of_maps
 
 _ALIASES = {
     "negative_prompt": "negative",
@@ -42,7 +43,7 @@ _OWN = {
     "n", "size", "response_format", "output_format", "output_compression", "background", "stream", "partial_images",
 }  # fmt: skip
 _ALIVE = 15  # seconds after which a stream that has nothing to tell says that it is there
-_MOST_PARTIAL = 3
+_MOST_PARTIAL = 16  # the client's own are 3 at most
 
 _KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
@@ -234,8 +235,8 @@ class OpenAI:
         if wish.own.get("stream"):
             partial = wish.whole("partial_images", 0, _MOST_PARTIAL)
 
-            def look(at: Stepped) -> Image.Image | None:
-                return at.look() if at.step in steps_of_partial(at.steps, partial) else None
+            def look(at: Stepped) -> tuple[Image.Image | None]:
+                return (at.look() if at.step in steps_of_partial(at.steps, partial) else None,)
 
             asked = await self._front.ask(request, wish.given, wish.count, look)
             return Stream(asked, self._stream(asked, wish, event))
@@ -250,7 +251,8 @@ class OpenAI:
         name, value = "b64_json", text
         if wish.own.get("response_format") == "url":
             name, value = "url", f"data:image/{wish.form};base64,{text}"
-        return {name: value, "seed": one.settings.seed}
+        maps = {"attention_maps": base64_of_maps(one.maps)} if one.maps else {}
+        return {name: value, "seed": one.settings.seed, **maps}
 
     def _common(self, wish: Wish, image: Image.Image) -> dict[str, Any]:
         return {
@@ -269,7 +271,10 @@ class OpenAI:
                     yield ": still there\n\n"
                     continue
                 if isinstance(event, Looked):
-                    index, image, last = event.event.index, event.seen, False
+                    index, image, last = event.event.index, event.seen[0], False
+                    yield f": picture {index}: step {event.event.step} of {event.event.steps}\n\n"
+                    if image is None:
+                        continue
                     number = sent[index] = sent.get(index, -1) + 1
                     text = await run_in_threadpool(base64_of, image, None, wish.form, 100)
                     told = {"b64_json": text, "partial_image_index": number}
@@ -289,7 +294,8 @@ class OpenAI:
     @property
     def _model(self) -> dict[str, Any]:
         name = model_name(self._front.options.settings)
-        return {"id": name, "object": "model", "created": self._since, "owned_by": "mmdit"}
+        known = {"id": name, "object": "model", "created": self._since, "owned_by": "mmdit"}
+        return {**known, **self._front.told()}
 
     async def models(self, _: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._model]})

@@ -23,6 +23,7 @@ from mmdit.images.given import Given
 from mmdit.images.options import steps_of
 from mmdit.serve.events import ClosedError, DiedError, Drawn, Ended, Event, FullError, LetGoError, Stepped, Tell
 from mmdit.serve.metrics import Labels, Metrics
+from mmdit.serve.words import Words
 
 _TOGETHER = 8  # pictures that are on their way at a time
 _AT_MOST = 500  # that one drawing takes in before it ends, and another begins
@@ -303,10 +304,10 @@ class Studio:
         others of the kind join between two steps. What is raised is the matter of all that are in `_drawing` then.
         """
         seconds: dict[str, float] = {}
-        pictures = [place.settings for place in batch]
-        drawing = self.pipeline_owned.drawing(pictures, [Telling(self, batch)], seconds, Joining(self, batch))
+        pictures, words = [place.settings for place in batch], Words()
+        drawing = self.pipeline_owned.drawing(pictures, [Telling(self, batch), words], seconds, Joining(self, batch))
         for i, image in drawing:
-            self.drawn(batch[i], drawing.settings[i], image)
+            self.drawn(batch[i], Drawn(batch[i].index, drawing.settings[i], image, words.of(i)))
         for stage, value in seconds.items():
             self.metrics.observe("mmdit_stage_seconds", value, stage=stage)
 
@@ -324,7 +325,7 @@ class Studio:
         self._last, place.steps = now, place.steps + 1
         self._tell(place.ticket, Stepped(place.index, place.steps, place.all_steps, look))
 
-    def drawn(self, place: Place, settings: Settings, image: Image.Image) -> None:
+    def drawn(self, place: Place, event: Drawn) -> None:
         """A picture is done."""
         with self._changed:
             if place.dropped:
@@ -333,7 +334,7 @@ class Studio:
             place.ticket.left -= 1
             self._drawing = [other for other in self._drawing if other is not place]
         self.metrics.add("mmdit_pictures_total")
-        self._tell(place.ticket, Drawn(place.index, settings, image))
+        self._tell(place.ticket, event)
         if not place.ticket.left:
             self.end(place.ticket)
 
