@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,10 @@ def gradients(variant: Variant) -> str:
     silent = [n for n in silent if not (n.startswith(last) and ("ln_q" in n or "qkv" in n))]
     if silent:
         raise WrongError(f"no gradient reaches {', '.join(silent[:3])}{', ...' if silent[3:] else ''}")
+    try:
+        deepcopy(model)
+    except RuntimeError as error:
+        raise WrongError(f"after a step no copy can be made, as training makes them: {str(error)[:60]}") from None
     return f"reach all of {len(list(model.parameters()))} parameters"
 
 

@@ -155,6 +155,22 @@ def test_registers_that_depend_on_the_batch_are_told(tmp_path: Path) -> None:
     assert wrong_of(found, *wrong).keys() == wrong
 
 
+def test_a_model_that_keeps_what_has_gradients_is_told(tmp_path: Path) -> None:
+    """Training copies the model for its average, which PyTorch refuses then."""
+    found = written(
+        tmp_path / "keeps.py",
+        """
+        @variant("keeps_the_text")
+        class Keeps(MMDiT):
+            def embed_text(self, context):
+                self.kept = self.context_embedder(context)
+                return self.kept
+    """,
+    )
+    (told,) = wrong_of(found, "gradients").values()
+    assert "no copy can be made, as training makes them" in told
+
+
 SHARED = """
     @variant("naive_shared")
     class Shared(MMDiT):

@@ -7,8 +7,15 @@ from mmdit.model import MMDiT, SelfAttention, Tokens
 from mmdit.variants import variant
 
 
+class First(list):
+    """The first attention's values, kept for blocks that are computed again; a copy of the model has its own."""
+
+    def __deepcopy__(self, memo: dict) -> "First":
+        return First()
+
+
 class MixedAttention(SelfAttention):
-    first: "list[Tensor]"  # the same in all blocks: the first one's values, kept for blocks that are computed again
+    first: First  # the same in all blocks
     index: int
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> Tensor:
@@ -23,7 +30,7 @@ class MixedAttention(SelfAttention):
 class ValueResidual(MMDiT):
     def __init__(self, config) -> None:
         super().__init__(config)
-        first: list[Tensor] = []
+        first = First()
         for i, block in enumerate(self.joint_blocks):
             attn = block.x_block.attn
             attn.__class__, attn.index, attn.first = MixedAttention, i, first
