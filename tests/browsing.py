@@ -21,7 +21,7 @@ if CHROMIUM is None:
 from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, sync_playwright
 
 _QUIET = ("--no-sandbox", "--disable-gpu", "--disable-background-networking")
-CONTROLS = {"button", "checkbox", "combobox", "image", "link", "listitem", "radio", "slider", "spinbutton", "textbox"}
+CONTROLS = {"button", "checkbox", "combobox", "image", "link", "radio", "slider", "spinbutton", "textbox"}
 
 
 @contextmanager
@@ -99,7 +99,7 @@ class Visit:
         found = [
             (node["role"]["value"], node.get("name", {}).get("value", "").strip())
             for node in nodes
-            if not node["ignored"] and node["role"]["value"] in CONTROLS - {"listitem"}
+            if not node["ignored"] and node["role"]["value"] in CONTROLS
         ]
         assert len(found) > 10
         return [role for role, name in found if not name]
