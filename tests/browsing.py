@@ -68,6 +68,13 @@ class Visit:
         self.page.locator("#draw:visible").wait_for()
         assert self.page.locator(".thumb").count() > before, self.page.locator("#trouble").text_content()
 
+    def give(self, key: str) -> None:
+        """Where a key is asked for; until the server has said what it thinks of it."""
+        dialog = self.page.get_by_role("dialog", name="This server needs a key")
+        dialog.get_by_label("Key").fill(key)
+        with self.page.expect_response("**/v1/models"):
+            dialog.get_by_role("button", name="Use it").click()
+
     def saved(self) -> Image.Image:
         """The picture that is on the wall, as its file."""
         with self.page.expect_download() as found:
