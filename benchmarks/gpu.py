@@ -1,10 +1,10 @@
 """All that is waiting for a GPU, in one call: `python -m benchmarks.gpu --out FOLDER`.
 
 In this order: what the machine is, a full-size checkpoint with random values, the tests that need CUDA, the streams
-under PyTorch's sanitizer, parity in float32 and bfloat16, memory measured against predicted, speed beside diffusers
-eager and compiled, decoding, start, keeping subjects apart, training. Each is a process of its own with its share of
-`--minutes`. What it prints lies in FOLDER/NAME.txt while it runs, and after each FOLDER/gpu.md says how it ended: a run
-that is cut off still tells.
+under PyTorch's sanitizer, parity in float32 and bfloat16, memory measured against predicted, a training, a step beside
+diffusers as written and compiled, ways to start its kernels, whole pictures, start, decoding, keeping subjects apart.
+Each is a process of its own with its share of `--minutes`. What it prints lies in FOLDER/NAME.txt while it runs, and
+after each FOLDER/gpu.md says how it ended: a run that is cut off still tells.
 
 It needs PyTorch with CUDA and the packages of this project, and for the comparisons diffusers, transformers and pytest.
 Where a machine has no network, carry their wheels along and name the folder in PYTHONPATH. A part whose package is

@@ -28,8 +28,10 @@ def server() -> Iterator[str]:
     command = [sys.executable, "-m", "mmdit.serve", "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout is not None
-        yield process.stdout.readline().strip()
-        process.terminate()
+        try:
+            yield process.stdout.readline().strip()
+        finally:
+            process.terminate()
 
 
 def draw(page: Any, prompt: str, count: int, seed: int, words: str = "") -> None:

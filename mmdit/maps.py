@@ -118,7 +118,7 @@ def _record(
             some = None if bias is None else bias.expand(*bias.shape[:-2], q.shape[1], k.shape[1])[..., first:, :]
             found = shares(q[:, first:], k, chosen, inner, some)  # (R, N, H, tokens)
             gathered = attention(q, k, v, inner, bias).unflatten(2, q.shape[2:])
-        maps[i] = found.mean(dim=2).unflatten(1, grid)
+        maps.setdefault(i, found.mean(dim=2).unflatten(1, grid))  # not again where it is computed again
         return gathered
 
     return lend(attn, "backend", backend)

@@ -4,8 +4,9 @@ Chen et al. 2016 (arXiv 1604.06174). Around the call of a block, hooks and all: 
 called has them again then. The way back begins in the last block, which would be computed twice in a row, and is not.
 
 - `recomputed`: for gradients to the latents alone, whoever else could have some; and to what blocks leave in a table.
-- `checkpointed`: by PyTorch's own function, for gradients to parameters too. It takes longer, and a second or more when
-  it is first called, for PyTorch's compiler is imported then.
+- `checkpointed`: by PyTorch's own function, for gradients to parameters too, and to whatever one block gives another
+  beside the tokens. It takes longer, and a second or more when it is first called, for PyTorch's compiler is imported
+  then.
 """
 
 from collections.abc import Callable, Iterator, MutableMapping
@@ -19,13 +20,23 @@ from torch.overrides import _get_current_function_mode_stack
 
 from mmdit.model import MMDiT
 
-Run = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]  # image and text tokens, and what was left in the table
+# Image and text tokens, and what was left in the table.
+Run = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]
+_KNOWN = {"mmdit", "torch"}  # packages whose modules give each other nothing beside the tokens
 
 
 @contextmanager
 def recomputed(model: MMDiT, table: MutableMapping[int, Tensor]) -> Iterator[None]:
-    """Meanwhile the graph keeps nothing but tokens. table: in which block i may leave a tensor under its number."""
-    with _replaced(model, lambda i, block: Recomputed(block, i, table)):
+    """Meanwhile the graph keeps nothing but tokens. table: in which block i may leave a tensor under its number.
+
+    Blocks with modules of other packages, as variants have, are `checkpointed`: they may give each other more than
+    tokens (value residuals do), where a gradient would be lost without a word.
+    """
+    if all(type(module).__module__.partition(".")[0] in _KNOWN for module in model.joint_blocks.modules()):
+        replaced = _replaced(model, lambda i, block: Recomputed(block, i, table))
+    else:
+        replaced = checkpointed(model)
+    with replaced:
         yield
 
 
@@ -64,36 +75,42 @@ class Recomputed(InPlace):
         self._number, self._table = number, table
 
     def __call__(self, x: Tensor, context: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
-        def run(x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        def run(x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
             before = self._table.pop(self._number, None)
             x, context = self._block(x, context, *given)
-            left = self._table.pop(self._number, x.new_zeros(()))
+            left = self._table.pop(self._number, None)
             if before is not None:  # computed again: what was left at first stays
                 self._table[self._number] = before
             return x, context, left
 
-        x, context, self._table[self._number] = _Again.apply(run, _get_current_function_mode_stack(), x, context)
+        x, context, left = _Again.apply(run, _get_current_function_mode_stack(), x, context)
+        if left is not None:
+            self._table[self._number] = left
         return x, context
 
 
 class _Again(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, run: Run, modes: list[Any], x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, run: Run, modes: list[Any], x: Tensor, context: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         ctx.run, ctx.modes = run, modes
         ctx.save_for_backward(x, context)
         return run(x, context)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *slopes: Tensor | None) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[2:]
         given = [t.detach().requires_grad_(w) for t, w in zip(ctx.saved_tensors, wanted)]
         with torch.enable_grad(), entered(ctx.modes):
             made = ctx.run(*given)
-        pairs = [(one, slope) for one, slope in zip(made, slopes) if one.requires_grad]
+        pairs = [(one, slope) for one, slope in zip(made, slopes) if one is not None and one.requires_grad]
+        if not pairs:  # something else stands in the block's place, as for `inside.patch`
+            return None, None, None, None
         leaves = [one for one in given if one.requires_grad]
-        outputs, slopes = zip(*pairs)
-        found = iter(torch.autograd.grad(outputs, leaves, slopes))
+        outputs, above = zip(*pairs)
+        found = iter(torch.autograd.grad(outputs, leaves, above, allow_unused=True))
         return None, None, *(next(found) if w else None for w in wanted)
 
 

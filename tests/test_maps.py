@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -12,13 +13,16 @@ from reference import randomize
 from test_attention import products
 from torch import Tensor
 
+from mmdit import variants
 from mmdit.attention import attention, attention_by
 from mmdit.common.errors import SettingsError
 from mmdit.config import TOY, MMDiTConfig
+from mmdit.inside import ablate
 from mmdit.kernels.compiled import compile_blocks
 from mmdit.maps import Chosen, Look, Seen, seen, shares
 from mmdit.model import MMDiT
 from mmdit.prepared import Prepared, Row, look
+from mmdit.recompute import recomputed
 
 SMALL = replace(TOY, depth=3, dual_attention_blocks=(0, 1))
 
@@ -204,6 +208,40 @@ def test_what_is_in_a_block_is_computed_again() -> None:
     assert calls == [2, 2, 1]
     looked(model, inputs, [Look((0,))])
     assert calls == [3, 3, 2]
+
+
+def test_what_blocks_give_each_other_beside_the_tokens_has_its_gradient() -> None:
+    """As in value residuals: the values of the first block's attention reach all others by a list."""
+    model, inputs = variants.load("benchmarks.variants.value_residual").build(SMALL), given(2)
+    randomize(model, 0).requires_grad_(False)
+    velocity, maps, gradient = by_formula(model, inputs, [(2, 5)] * 2, uneven)
+    found, each = looked(model, inputs, [Look((2, 5), uneven)] * 2)
+    assert near(found, velocity)
+    for r, one in enumerate(each):
+        assert one is not None and one.gradient is not None
+        assert near(one.maps, maps[r]) and near(one.gradient, gradient[r : r + 1])
+
+
+def nothing(_: int, streams: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(torch.zeros_like(stream) for stream in streams)
+
+
+def text_alone(_: int, streams: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return streams[1], streams[1]
+
+
+@pytest.mark.parametrize("by", ["zero", "mean", nothing, text_alone])
+def test_what_stands_in_a_blocks_place_has_its_gradient(by: Any) -> None:
+    """The tokens as they came, tokens of no gradient, one stream in the place of both."""
+    model, (latents, *rest) = model_of(), given(1, 6, 10, text=15)  # as many words as places
+    leaf, found = latents.clone().requires_grad_(), list[Tensor]()
+    with ablate(model, "joint_blocks.1", by=by):
+        for again in (nullcontext(), recomputed(model, {})):
+            with again:
+                cost = model(leaf, *rest).square().sum() + 0 * leaf.sum()
+                found += torch.autograd.grad(cost, leaf)
+    plain, ours = found
+    assert near(ours, plain) and bool(plain.any()) == (by is not nothing)
 
 
 def test_a_mask_holds_for_maps_too() -> None:

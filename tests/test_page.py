@@ -2,19 +2,30 @@
 
 import base64
 import io
+import json
 import re
 import tomllib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from pathlib import Path
+from threading import Event
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
-from served import SMALL, Served, httpx2, openai, opened, pipeline, serving
+from served import SMALL, Served, httpx2, openai, opened, pipeline, serving, wait
 
+from mmdit.driver import watch
+from mmdit.driver.focusing import Sheet
+from mmdit.driver.settings import Settings
+from mmdit.serve import replies
 from mmdit.serve.browser import FILES, PAGE, POLICY
+from mmdit.serve.words import Words
+from samplers.focus import Attended
 
 ROOT = Path(__file__).parents[1]
 TEXTS = {path.name: path.read_text(encoding="utf-8") for path in sorted(PAGE.iterdir())}
@@ -176,6 +187,42 @@ def test_streams_tell_steps_as_comments(served: Served) -> None:
     assert served.post("/v1/images/generations", {**SAID, "stream": True, "partial_images": 17}).status_code == 400
 
 
+def test_whoever_reads_slowly_is_sent_fewer(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three partial pictures of a picture wait to be sent at most, and hold memory."""
+    drawn = Event()
+
+    def slow(*given: Any) -> str:
+        assert drawn.wait(30)
+        return replies.base64_of(*given)
+
+    monkeypatch.setattr("mmdit.serve.openai.base64_of", slow)
+    before = served.metric("mmdit_pictures_total")
+    with ThreadPoolExecutor(1) as pool:
+        lines = pool.submit(lines_of, served, stream=True, partial_images=16, steps=8)
+        wait(lambda: served.metric("mmdit_pictures_total") > before)
+        drawn.set()
+        found = [json.loads(line.removeprefix("data: ")) for line in lines.result() if line.startswith("data: ")]
+    assert [event.get("partial_image_index") for event in found] == [0, 1, 2, None]
+
+
+def test_maps_are_the_mean_of_the_steps_that_made_the_picture() -> None:
+    """Of a picture that begins anew after an error: not of those before; nothing is kept of one that was let go."""
+    words, s = Words(), Settings()
+    maps = torch.rand(6, 5, 2, 3, 4, generator=torch.Generator().manual_seed(0))  # steps, blocks, tokens, places
+    step: Any = [SimpleNamespace(index=i) for i in (0, 1, 2, 0, 1, 2)]
+    for index in (0, 1):
+        words.encoded(watch.Encoded(settings=s, index=index, texts={}, noise=maps[0], sigmas=maps[0]))
+        for each, now in zip(maps, step):
+            sheet = Sheet(Attended(each), {"a bear": (0, 1), "bear": (1,)})
+            event = watch.Stepped(settings=s, index=index, step=now, attention=sheet)
+            event.stopped = index == 1 and now is step[-1]
+            words.step(event)
+    words.picture(watch.Drawn(settings=s, index=0, image=Image.new("L", (4, 3))))
+    found = words.of(0)
+    assert torch.allclose(found["a bear"], maps[3:].mean((0, 1, 2))) and not words._seen and not words.of(0)
+    assert torch.allclose(found["bear"], maps[3:, :, 1].mean((0, 1)))
+
+
 def grey(text: str) -> np.ndarray:
     image = Image.open(io.BytesIO(base64.b64decode(text)))
     assert (image.format, image.mode) == ("PNG", "L")
@@ -222,7 +269,11 @@ def test_maps_in_streams_and_of_several(served: Served) -> None:
 
 
 def test_maps_that_cannot_be(served: Served) -> None:
-    for words, said in (("fox", "fox"), ("; ".join(["horse"] * 9), "has 9 subjects"), (3, "attention_maps is 3")):
+    for words, said in (
+        ("fox", "fox"),
+        ("; ".join(f"horse#{i}" for i in range(1, 10)), "has 9 subjects"),
+        (3, "attention_maps is 3"),
+    ):
         with pytest.raises(openai.BadRequestError) as caught:
             served.client().images.generate(prompt=SAID["prompt"], extra_body={**SMALL, "attention_maps": words})
         assert said in caught.value.message and caught.value.param == "attention_maps"

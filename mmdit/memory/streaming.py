@@ -4,7 +4,7 @@ The device holds two modules' weights at a time; a thread prepares the next one'
 For a CPU the thread does the conversion, and weights that need none are used where they lie in the file.
 
 Where gradients are computed a module's weights stay until the next one runs, since what goes back through it follows.
-On the way back modules that are computed again (`mmdit.maps`) come in the reverse order.
+On the way back modules that are computed again (`mmdit.recompute`) come in the reverse order.
 """
 
 from collections.abc import Callable, Sequence

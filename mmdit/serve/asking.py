@@ -28,6 +28,7 @@ from mmdit.serve.keys import ANYONE, Client
 from mmdit.serve.metrics import Metrics
 from mmdit.serve.options import ServeOptions
 from mmdit.serve.studio import Studio
+from text_encoders.subjects import subjects_of
 
 _CHARACTERS = 32_000  # of a text
 _PIXELS = 25_000_000  # of a picture that is sent
@@ -135,8 +136,8 @@ def settings_for(given: Mapping[str, Any], base: Settings) -> Settings:
     if isinstance(also, tuple) and len(also) > _TEXTS:
         raise SettingsError(f"also has {len(also)} texts: expected at most {_TEXTS}")
     words = found.get("attention_maps")
-    if isinstance(words, str) and words.count(";") >= _TEXTS:
-        raise SettingsError(f"attention_maps has {words.count(';') + 1} subjects: expected at most {_TEXTS}")
+    if isinstance(words, str) and (count := len(subjects_of(words, "attention_maps"))) > _TEXTS:
+        raise SettingsError(f"attention_maps has {count} subjects: expected at most {_TEXTS}")
     return settings_from(found, base)
 
 

@@ -44,6 +44,7 @@ _OWN = {
 }  # fmt: skip
 _ALIVE = 15  # seconds after which a stream that has nothing to tell says that it is there
 _MOST_PARTIAL = 16  # the client's own are 3 at most
+_UNSENT = 3  # partial pictures of a picture that wait for a client that reads slowly
 
 _KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
@@ -234,12 +235,17 @@ class OpenAI:
         wish = wish_of(said, pictures)
         if wish.own.get("stream"):
             partial = wish.whole("partial_images", 0, _MOST_PARTIAL)
+            made, sent = dict[int, int](), dict[int, int]()  # of each picture; each is counted in one thread
 
             def look(at: Stepped) -> tuple[Image.Image | None]:
-                return (at.look() if at.step in steps_of_partial(at.steps, partial) else None,)
+                waiting = made.get(at.index, 0) - sent.get(at.index, 0)
+                if at.step not in steps_of_partial(at.steps, partial) or waiting >= _UNSENT:
+                    return (None,)
+                made[at.index] = made.get(at.index, 0) + 1
+                return (at.look(),)
 
             asked = await self._front.ask(request, wish.given, wish.count, look)
-            return Stream(asked, self._stream(asked, wish, event))
+            return Stream(asked, self._stream(asked, wish, event, sent))
         async with await self._front.ask(request, wish.given, wish.count) as asked:
             drawn = await asked.all()
         data = [await self._told(one, wish) for one in drawn]
@@ -262,9 +268,12 @@ class OpenAI:
             "size": f"{image.width}x{image.height}",
         }
 
-    async def _stream(self, asked: Asked, wish: Wish, kind: str) -> AsyncIterator[str]:
-        """Events, as the client reads them; it takes every kind but the last for a partial picture."""
-        several, sent = len(asked.pictures) > 1, dict[int, int]()
+    async def _stream(self, asked: Asked, wish: Wish, kind: str, sent: dict[int, int]) -> AsyncIterator[str]:
+        """Events, as the client reads them; it takes every kind but the last for a partial picture.
+
+        sent: of each picture, counts the partial ones.
+        """
+        several = len(asked.pictures) > 1
         try:
             while not isinstance(event := await asked.next(_ALIVE), Ended):
                 if event is None:
@@ -275,9 +284,9 @@ class OpenAI:
                     yield f": picture {index}: step {event.event.step} of {event.event.steps}\n\n"
                     if image is None:
                         continue
-                    number = sent[index] = sent.get(index, -1) + 1
                     text = await run_in_threadpool(base64_of, image, None, wish.form, 100)
-                    told = {"b64_json": text, "partial_image_index": number}
+                    told = {"b64_json": text, "partial_image_index": sent.get(index, 0)}
+                    sent[index] = sent.get(index, 0) + 1
                 else:
                     index, image, last = event.index, event.image, True
                     told = await self._told(event, wish)

@@ -2,6 +2,7 @@
 
 import io
 from base64 import b64encode
+from dataclasses import dataclass, field
 
 import torch
 from PIL import Image
@@ -10,28 +11,41 @@ from torch import Tensor
 from mmdit.driver.watch import Drawn, Encoded, Stepped, Watcher
 
 
+@dataclass
+class Sums:
+    """Of one picture: a request may have hundreds of steps, whose maps lie where it is drawn."""
+
+    last: int = -1  # step
+    steps: int = 0
+    maps: dict[str, Tensor] = field(default_factory=dict)  # by subject, the sum of the steps'
+
+
 class Words(Watcher):
-    """Keeps, of pictures that ask for it, the mean of each step's maps until the picture is taken by `of`."""
+    """Keeps, of pictures that ask for it, the mean of all steps' maps until the picture is taken by `of`."""
 
     def __init__(self) -> None:
-        self._seen: dict[int, dict[str, dict[int, Tensor]]] = {}  # by picture, subject and step
+        self._seen: dict[int, Sums] = {}
         self._done: dict[int, dict[str, Tensor]] = {}
 
     def encoded(self, event: Encoded) -> None:
-        self._seen[event.index] = {}  # of a picture in two passes, the second's are kept
+        self._seen[event.index] = Sums()  # of a picture in two passes, the second's are kept
 
     def step(self, event: Stepped) -> None:
         if event.stopped:
             self._seen.pop(event.index, None)
         if event.stopped or event.attention is None:
             return
-        for subject in event.attention.subjects:  # a picture that begins anew after an error takes its steps again
-            self._seen[event.index].setdefault(subject, {})[event.step.index] = event.attention.of(subject).mean(0)
+        seen = self._seen[event.index]
+        if event.step.index <= seen.last:  # it begins anew after an error
+            seen = self._seen[event.index] = Sums()
+        seen.last, seen.steps = event.step.index, seen.steps + 1
+        for subject in event.attention.subjects:
+            seen.maps[subject] = seen.maps.get(subject, 0) + event.attention.of(subject).mean(0)
 
     def picture(self, event: Drawn) -> None:
         seen = self._seen.pop(event.index)
-        if seen:
-            self._done[event.index] = {name: torch.stack([*maps.values()]).mean(0).cpu() for name, maps in seen.items()}
+        if seen.steps:
+            self._done[event.index] = {name: (maps / seen.steps).cpu() for name, maps in seen.maps.items()}
 
     def of(self, index: int) -> dict[str, Tensor]:
         """A drawn picture's maps by subject, each `(rows, columns)`: the share of attention, mean of all there is."""

@@ -28,6 +28,7 @@ export function prepare() {
   $("as-picture").addEventListener("change", showSize);
   for (const name of ["prompt", "negative"]) $(name).addEventListener("input", () => grow($(name)));
   setNumber("strength", STRENGTH);
+  showStrength();
 }
 
 // What the model's own values are, and what a request may be.
@@ -71,6 +72,7 @@ export function choices(name, found) {
 
 function setNumber(name, value) {
   $(name).value = value;
+  if ($(name).validity.stepMismatch) $(name).step = "any"; // pictures may have any number
   $(`${name}-dial`).value = value;
 }
 
@@ -92,6 +94,11 @@ function showSize() {
   const off = begin !== null && $("as-picture").checked;
   for (const input of $("format").querySelectorAll("input, button")) input.disabled = off;
   $("format").classList.toggle("off", off);
+}
+
+// Where it is hidden the browser must not find it wrong.
+function showStrength() {
+  for (const name of ["strength", "strength-dial"]) $(name).disabled = begin === null;
 }
 
 function grow(area) {
@@ -162,6 +169,7 @@ export async function setBeginning(blob) {
   else $("begin-image").removeAttribute("src");
   showMask(null);
   showSize();
+  showStrength();
 }
 
 // painter: its mask counts from now on; null for none.

@@ -43,7 +43,10 @@ const careful = (call) => async (...given) => {
 api.whenAsked(() => new Promise((done) => {
   const dialog = $("key-dialog");
   $("key-open").hidden = false;
-  if (!dialog.open) dialog.showModal();
+  if (!dialog.open) {
+    dialog.returnValue = ""; // Escape leaves what was returned before
+    dialog.showModal();
+  }
   dialog.addEventListener("close", () => done(dialog.returnValue === "given"), { once: true });
 }));
 
@@ -67,15 +70,14 @@ async function meet() {
       setTimeout(meet, PATIENCE);
       return;
     }
-    const first = model === null;
-    model = found;
-    $("model").textContent = model.id;
+    $("model").textContent = found.id;
     $("key-open").hidden = !api.hasKey();
-    if (first) {
-      form.learn(model);
+    if (model === null) {
       const [samplers, schedules] = await Promise.all([api.samplers(), api.schedules()]);
+      form.learn(found);
       form.choices("sampler", samplers.map((one) => [one.aliases[0], one.name]));
       form.choices("schedule", schedules.map((one) => [one.name, one.label]));
+      model = found;
       if (entries.length === 0 && shown.length === 0) nothing();
     }
     trouble(null);
@@ -309,7 +311,7 @@ $("clear").addEventListener("click", async () => {
   entries = [];
   chosen.clear();
   strip();
-  show([]);
+  if (!drawing) show([]);
   say("The history is empty.");
 });
 $("reuse").addEventListener("click", () => form.setSeed(shown[0].seed));
