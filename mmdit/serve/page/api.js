@@ -84,6 +84,7 @@ export async function* draw(wish, pictures, signal) {
     for (const [name, blob] of Object.entries(pictures)) if (blob) body.append(name, blob, `${name}.png`);
   }
   const answer = await ask(path, { method: "POST", body, signal });
+  let left = wish.n ?? 1;
   for await (const block of blocks(answer.body)) {
     if (block.startsWith(":")) {
       const told = /picture (\d+): step (\d+) of (\d+)/.exec(block);
@@ -96,11 +97,13 @@ export async function* draw(wish, pictures, signal) {
     const index = event.index ?? 0;
     if (event.type.endsWith(".completed")) {
       const maps = Object.entries(event.attention_maps ?? {}).map(([word, text]) => [word, blobOf(text, "image/png")]);
+      left -= 1;
       yield { index, blob, seed: event.seed, maps: Object.fromEntries(maps), done: true };
     } else {
       yield { index, blob };
     }
   }
+  if (left > 0) throw new ServerError("The server ended its answer before all pictures were there.", 0);
 }
 
 // The blocks of a stream of events, which an empty line ends.

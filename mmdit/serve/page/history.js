@@ -55,7 +55,7 @@ export async function add(entry, others) {
     return { kept: true, gone };
   } catch {
     here.unshift(entry);
-    return { kept: false, gone };
+    return { kept: false, gone: [] };
   }
 }
 

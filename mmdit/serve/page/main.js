@@ -83,8 +83,9 @@ async function meet() {
     trouble(null);
     $("draw").disabled = false;
   } catch (error) {
-    $("model").textContent = error.status === 401 ? "It needs a key" : "The server does not answer";
-    if (error.status === 401) trouble(error);
+    const refused = error.status >= 400 && error.status < 500;
+    $("model").textContent = error.status === 401 ? "It needs a key" : refused ? "The server refuses" : "The server does not answer";
+    if (refused) trouble(error);
     else setTimeout(meet, PATIENCE);
   }
 }
@@ -383,7 +384,7 @@ if (/Mac|iP/.test(navigator.platform)) $("draw").querySelector("kbd").textConten
 nothing();
 meet();
 history.all().then((found) => {
-  entries = [...entries, ...found];
+  entries = [...entries, ...found.filter((one) => !entries.some((own) => own.id === one.id))];
   strip();
   if (shown.length === 0 && !drawing && entries.length) show([entries[0]]);
 });
