@@ -113,6 +113,12 @@ Memory:
 --memory 'auto' SIZE
 Several processes:
 --parallel 'auto' auto,pictures,guidance,tokens,both
+A list on many machines:
+--shard None I/N
+--claim None SECONDS
+--ray None auto|local|ADDRESS
+--ray-actors None LEAST:MOST
+--ray-cores 1 N
 Watching, and repeating:
 --preview None N
 --verbose False what
