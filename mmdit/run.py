@@ -241,7 +241,7 @@ def draw_with_others(
         if wanted and settings.ray is not None:
             from mmdit.ray.lists import draw_by_ray
 
-            draw_by_ray(settings, placed, claims, tally, told)
+            draw_by_ray(settings, placed, largest([s for s, _ in wanted]), claims, tally, told)
         elif wanted:
             drawn = partial(draw, load(wanted), run=settings, seconds=seconds, told=told)
             draw_claimed(placed, settings.out, claims, drawn, tally)

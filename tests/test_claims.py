@@ -21,7 +21,7 @@ from mmdit.parallel import shards
 from mmdit.parallel.claimed import Tally, draw_claimed
 from mmdit.parallel.claims import Claim, Claims, State
 from mmdit.parallel.shards import parts_of, shard_of, work
-from mmdit.run import main
+from mmdit.run import main, run_by
 
 DEFAULTS = {"width": 64, "height": 48, "steps": 1, "cfg": 4.5, "t5_length": 20}
 LINES: list[dict[str, Any]] = [
@@ -185,7 +185,7 @@ def test_the_last_one_sweeps(tmp_path: Path) -> None:
 
 
 def test_a_picture_of_two_is_written_once(tmp_path: Path) -> None:
-    """By whoever comes first; another picture of that name goes beside it, and without `once` a picture is a new one."""
+    """By whoever comes first; another picture goes beside it, and without `once` each is a new one."""
     s, image = Settings("a horse", **SD35_MEDIUM_DEFAULTS, out=str(tmp_path)), Image.new("RGB", (8, 8))
     path = tmp_path / "a-horse-0.png"
     assert save_image(image, s, path, once=True) == path
@@ -230,7 +230,7 @@ def test_four_share_a_list_and_three_are_killed(model: Path, tmp_path: Path) -> 
     assert "0 written; 18 were there; 1 by others or given up; 1 are in" in again.errors[0]
 
 
-class Broken(Exception):
+class BrokenError(Exception):
     pass
 
 
@@ -240,7 +240,7 @@ def test_errors_of_a_row_are_its_own(model: Path, tmp_path: Path, monkeypatch: p
 
     def failing(self: Drawing, alike: Any, start: Any, texts: Any, index: int) -> Any:
         if fails and alike[index].seed in (3, 5):
-            raise Broken("it broke")
+            raise BrokenError("it broke")
         return begin(self, alike, start, texts, index)
 
     monkeypatch.setattr(Drawing, "_begin", failing)
@@ -249,7 +249,7 @@ def test_errors_of_a_row_are_its_own(model: Path, tmp_path: Path, monkeypatch: p
     assert main(options(model, tmp_path, lines, "--claim", "5")) == 0
     check_each_once(tmp_path / "out", [f"a-bear-{i}" for i in range(9) if i not in (3, 5)])
     failed = list(map(json.loads, (tmp_path / "out" / "failed.jsonl").read_text().splitlines()))
-    assert sorted(line["seed"] for line in failed) == [3, 5] and failed[0]["error"] == "Broken: it broke"
+    assert sorted(line["seed"] for line in failed) == [3, 5] and failed[0]["error"] == "BrokenError: it broke"
     fails = False
     told = options(model, tmp_path, failed)
     assert main(told) == 0
@@ -268,7 +268,7 @@ def test_a_machine_that_fails_at_everything_ends(tmp_path: Path) -> None:
     pictures = [(replace(s, out=str(tmp_path)), tmp_path / f"{s.seed}.png") for s, _ in wanted((16, 1, 100))]
 
     def draw(_: Any) -> None:
-        raise Broken("it broke")
+        raise BrokenError("it broke")
 
     tally = Tally()
     with Claims(tmp_path, 100) as claims, pytest.raises(ValueError, match="16 pictures in a row failed"):
@@ -316,17 +316,12 @@ def test_they_are_for_lists(more: list[str], capsys: pytest.CaptureFixture[str])
     assert code == 2 and f"{more[0]} is for a list: expected --prompts FILE" in said[0]
 
 
-def test_torchrun_and_claims_are_two_ways(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import mmdit.run
-
-    monkeypatch.setattr(mmdit.run, "started", lambda: None)
+def test_torchrun_and_claims_are_two_ways(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("a horse")
     settings = Settings(prompts=str(tmp_path / "list.txt"), claim=9, out=str(tmp_path))
     ranks: Any = object()
     with pytest.raises(ValueError, match="expected no torchrun"):
-        mmdit.run.run_by(settings, ranks)
+        run_by(settings, ranks)
 
 
 def ran(words: list[str], capsys: pytest.CaptureFixture[str]) -> Ran:

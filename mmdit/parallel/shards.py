@@ -51,7 +51,7 @@ def parts_of(pictures: Sequence[Placed], out: str) -> list[Part]:
         pieces = -(-len(alike) // most)
         edges = [len(alike) * i // pieces for i in range(pieces + 1)]
         cut = [alike[start:end] for start, end in pairwise(edges)]
-        parts += [Part(_name([s for s, _ in piece], out), piece) for piece in cut]
+        parts += [Part(part_name([s for s, _ in piece], out), piece) for piece in cut]
     return parts
 
 
@@ -68,7 +68,7 @@ def _kinds(pictures: Sequence[Placed]) -> Iterator[list[Placed]]:
     yield from found.values()
 
 
-def _name(pictures: Sequence[Settings], out: str) -> str:
+def part_name(pictures: Sequence[Settings], out: str) -> str:
     """Machines may see the run's folder under different paths: what goes there is not told by its place."""
     told = [(identity(replace(s, device="auto")), "" if s.out == out else s.out) for s in pictures]
     return hashlib.sha256(repr(told).encode()).hexdigest()[:24]
