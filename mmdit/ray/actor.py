@@ -13,6 +13,7 @@ from mmdit.common.command import hush
 from mmdit.common.errors import SettingsError
 from mmdit.driver.prompts import line_of, picture_settings
 from mmdit.driver.settings import Settings
+from mmdit.driver.writing import draw
 from mmdit.parallel.claimed import Tally, draw_part
 from mmdit.parallel.claims import Claim, Claims, State
 from mmdit.parallel.options import ManyOptions
@@ -55,34 +56,25 @@ class Painter:
         self.pipeline = Pipeline.from_settings(largest, self.parts)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, str]:
-        """What became of a part: its state, the files that were written, lines of pictures that were given up."""
-        files: list[str] = []
+        """What became of a part: its state, lines of pictures that were given up, what went wrong."""
         tally, told = Tally(), self.failed
         try:
-            state = ERROR if told else self.draw(row, tally, files)
+            state = ERROR if told else self.draw(row, tally)
         except Exception as error:
             state, told = ERROR, f"{type(error).__name__}: {error}"
         if state == ERROR:
             sleep(_PAUSE)
-        answer = {"part": row["part"], "state": state, "files": json.dumps(files)}
-        return {**answer, "failed": json.dumps(tally.failed), "error": told}
+        return {"part": row["part"], "state": state, "failed": json.dumps(tally.failed), "error": told}
 
-    def draw(self, row: dict[str, Any], tally: Tally, files: list[str]) -> str:
+    def draw(self, row: dict[str, Any], tally: Tally) -> str:
         out, part = self.run.out, self.part_of(row)
-
-        def told(path: Path) -> None:
-            tally.count(path)
-            files.append(str(path))
-
-        from mmdit.driver.writing import draw
-
         assert self.run.claim is not None
         with Claims(Path(out).expanduser(), self.run.claim, self.since) as claims:
             claim = claims.take(part.name)
             if isinstance(claim, State):
                 return claim.value
             assert isinstance(claim, Claim)
-            draw_part(claim, part, out, partial(draw, self.pipeline, run=self.run, seconds={}, told=told), tally)
+            draw_part(claim, part, out, partial(draw, self.pipeline, run=self.run, seconds={}, told=tally.count), tally)
         return State.DONE.value
 
     def part_of(self, row: dict[str, Any]) -> Part:

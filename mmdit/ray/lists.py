@@ -7,9 +7,9 @@ picture that keeps killing actors is given up as in `mmdit.parallel.claimed`.
 """
 
 import json
+import logging
 import os
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from mmdit.parallel.options import two_numbers
 from mmdit.parallel.shards import Part, Placed, parts_of
 from mmdit.ray.actor import Painter, row_of
 
+QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}  # of ray.init
 _ROUNDS = 5  # one after another that did not get a part further, and told an error
 
 
@@ -36,26 +37,26 @@ def draw_by_ray(
     claims: Claims,
     tally: Tally,
     told: Callable[[Path], object],
-    painter: type[Painter] = Painter,
 ) -> None:
     """Draw all pictures of a list; return when all are there or given up. told: called with every file.
 
-    painter: what draws on each machine. Raises SettingsError where there is no cluster, or none that can draw.
+    Raises SettingsError where there is no cluster, or none that can draw.
     """
     assert run.ray is not None
     join(run.ray)
     left = {p.name: p for p in parts_of(pictures, run.out) if any(path is not None for _, path in p.pictures)}
-    vain, error = 0, ""
+    vain = 0
     while left:
-        before = len(left)
+        before, error = len(left), ""
         try:
-            for answer in answers(run, [*left.values()], largest, claims, painter):
+            for answer in answers(run, [*left.values()], largest, claims):
                 error = answer["error"] or error
-                for path in json.loads(answer["files"]):
-                    told(Path(path))
                 tally.failed += json.loads(answer["failed"])
-                if answer["state"] == State.DONE.value:
-                    left.pop(answer["part"], None)
+                if answer["state"] == State.DONE.value and answer["part"] in left:
+                    # Whoever wrote them: of a part that an actor died at, an earlier one wrote some.
+                    for path in (path for _, path in left.pop(answer["part"]).pictures if path is not None):
+                        if path.exists():
+                            told(path)
         except (ray.exceptions.RayError, OSError) as failed:  # the next round goes on
             error = str(failed).strip().splitlines()[-1]
             say(f"Ray: {error}; what is left is tried again")
@@ -73,29 +74,29 @@ def join(address: str) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     more: dict[str, Any] = {"include_dashboard": False} if address == "local" else {"address": address}
     try:
-        ray.init(log_to_driver=False, **more)
+        ray.init(**QUIET, **more)
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         told = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SettingsError(f"ray: no cluster at {address}: {told}") from None
 
 
-def answers(run: Settings, parts: Sequence[Part], largest: Settings, claims: Claims, painter: type[Painter]) -> "Any":
+def answers(run: Settings, parts: Sequence[Part], largest: Settings, claims: Claims) -> Iterator[dict[str, Any]]:
     """What became of each part, as soon as it is known."""
-    with suppress(AttributeError):
-        ray.data.DataContext.get_current().enable_progress_bars = False
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     there = ray.cluster_resources()
     gpus = int(there.get("GPU", 0))
     each: dict[str, Any] = {"num_gpus": 1} if gpus else {"num_cpus": run.ray_cores}
     fit = gpus or int(there.get("CPU", 1)) // run.ray_cores
     if not fit:
         raise SettingsError(f"ray_cores is {run.ray_cores}: no machine of the cluster has so many")
-    least, most = two_numbers(run.ray_actors, ":") or (1, fit) if run.ray_actors else (1, fit)
+    least, most = two_numbers(run.ray_actors or "", ":") or (1, fit)
     own = {"run": told_to_actors(run), "largest": largest, "since": claims.since, "folder": os.getcwd()}
     rows = ray.data.from_items([row_of(part, run.out) for part in parts], override_num_blocks=len(parts))
     pool = ray.data.ActorPoolStrategy(
         min_size=min(least, len(parts)), max_size=min(max(least, most), len(parts)), max_tasks_in_flight_per_actor=2
     )
-    return rows.map(painter, fn_constructor_kwargs=own, compute=pool, **each).iter_rows()
+    return rows.map(Painter, fn_constructor_kwargs=own, compute=pool, **each).iter_rows()
 
 
 def told_to_actors(run: Settings) -> Settings:
