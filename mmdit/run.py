@@ -229,6 +229,10 @@ def draw_with_others(
     from mmdit.parallel.claims import PATIENCE, Claims
 
     tally = Tally()
+    if settings.ray is not None:
+        from mmdit.ray.lists import join
+
+        join(settings.ray)
     with Claims(Path(settings.out).expanduser(), settings.claim or PATIENCE) as claims:
         placed = placed_of(settings, lines, parts)
         wanted = missing(placed)

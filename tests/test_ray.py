@@ -110,9 +110,9 @@ def test_no_cluster_is_a_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[s
     from mmdit.run import main
 
     (tmp_path / "list.txt").write_text("a horse")
-    told = ["--prompts", str(tmp_path / "list.txt"), "--out", str(tmp_path), "--ray", "auto", "--device", "cpu"]
+    told = ["--prompts", str(tmp_path / "list.txt"), "--out", str(tmp_path), "--ray", "127.0.0.1:1", "--device", "cpu"]
     assert main(told) == 2
-    assert "error: ray: no cluster at auto" in capsys.readouterr().err
+    assert "error: ray: no cluster at 127.0.0.1:1" in capsys.readouterr().err
 
 
 PORT = 18437

@@ -9,6 +9,7 @@ picture that keeps killing actors is given up as in `mmdit.parallel.claimed`.
 import json
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from mmdit.parallel.shards import Part, Placed, parts_of
 from mmdit.ray.actor import Painter, row_of
 
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}  # of ray.init
+_PATIENCE = 5  # seconds, for the cluster to answer
 _ROUNDS = 5  # one after another that did not get a part further, and told an error
 
 
@@ -40,10 +42,8 @@ def draw_by_ray(
 ) -> None:
     """Draw all pictures of a list; return when all are there or given up. told: called with every file.
 
-    Raises SettingsError where there is no cluster, or none that can draw.
+    Called as a driver of the cluster (`join`). Raises SettingsError where none of its machines can draw.
     """
-    assert run.ray is not None
-    join(run.ray)
     left = {p.name: p for p in parts_of(pictures, run.out) if any(path is not None for _, path in p.pictures)}
     vain = 0
     while left:
@@ -73,7 +73,10 @@ def join(address: str) -> None:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     more: dict[str, Any] = {"include_dashboard": False} if address == "local" else {"address": address}
+    host, colon, port = address.rpartition(":")
     try:
+        if colon and port.isdecimal() and "/" not in host:  # Ray would try for minutes
+            socket.create_connection((host.strip("[]"), int(port[:5])), _PATIENCE).close()
         ray.init(**QUIET, **more)
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         told = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
