@@ -8,6 +8,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ---- an actor, without Ray -------------------------------------------------------------------------
 
 
+@pytest.fixture
+def patch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process is no actor, and stays where it is."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(actor, "hush", lambda: None)
+    monkeypatch.setattr(actor, "_PAUSE", 0)
+
+
 def asked(model: Path, folder: Path, **more: Any) -> tuple[Settings, Part]:
     """A run, and a part of a list of it, as the driver has them."""
     run = Settings(model=str(model), dtype="fp32", device="cpu", out=str(folder), claim=50, prompts="list.txt")
@@ -48,6 +57,7 @@ def asked(model: Path, folder: Path, **more: Any) -> tuple[Settings, Part]:
     return run, part
 
 
+@pytest.mark.usefixtures("patch")
 def test_an_actor_draws_what_a_row_asks_for(model: Path, tmp_path: Path) -> None:
     """Once; what another has is busy, what is there is done."""
     run, part = asked(model, tmp_path, negative="a bear", also=("x:0.5",), sampler="heun", cfg_interval="0:0.5")
@@ -63,9 +73,9 @@ def test_an_actor_draws_what_a_row_asks_for(model: Path, tmp_path: Path) -> None
     assert [path.stat().st_mtime_ns for path in tmp_path.glob("*.png")] == [written]
 
 
-def test_what_goes_wrong_is_a_row(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("patch")
+def test_what_goes_wrong_is_a_row(model: Path, tmp_path: Path) -> None:
     """A machine that would draw other pictures, and one that has no model."""
-    monkeypatch.setattr(actor, "_PAUSE", 0)
     run, part = asked(model, tmp_path)
     painter = Painter(run, part.pictures[0][0], 0.0, str(tmp_path))
     answer = painter({**row_of(part, run.out), "part": "0" * 24})
@@ -154,7 +164,7 @@ def replicas(mark: str) -> set[int]:
 
 @with_ray
 @pytest.mark.filterwarnings("ignore")
-def test_a_killed_replica_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_replica_is_replaced_and_a_queue_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
     from ray import serve
 
@@ -167,7 +177,7 @@ def test_a_killed_replica_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     ray.init(num_cpus=2, include_dashboard=False, object_store_memory=80_000_000, **QUIET)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": PORT})
-        serve.run(app({"device": "cpu", "dtype": "fp32"}), route_prefix="/")
+        serve.run(app({"device": "cpu", "dtype": "fp32", "ongoing": "1", "waiting": "1"}), route_prefix="/")
         status, first = ask("/v1/images/generations", said)
         assert status == 200 and first["data"][0]["seed"] == 5
         assert ask("/v1/images/generations", {**said, "steps": 10**6})[0] == 400
@@ -176,6 +186,9 @@ def test_a_killed_replica_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
         until(lambda: bool(replicas(mark) - {replica}))
         until(lambda: ask("/ready")[0] == 200)
         assert ask("/v1/images/generations", said)[1]["data"] == first["data"]
+        with ThreadPoolExecutor(8) as threads:
+            every = [*threads.map(lambda _: ask("/v1/images/generations", {**said, "steps": 30})[0], range(8))]
+        assert {*every} == {200, 429}, every
     finally:
         serve.shutdown()
         ray.shutdown()
