@@ -176,8 +176,8 @@ def worker(arguments: list[str]) -> None:
 
 def by_ray(folder: Path, pictures: int, kills: Sequence[float] = KILLS, nodes: int = 3) -> Ended:
     """Actors on a cluster of so many nodes in this machine, one of which is removed in the middle."""
-    import ray
-    from ray.cluster_utils import Cluster
+    import ray  # pyright: ignore[reportMissingImports]
+    from ray.cluster_utils import Cluster  # pyright: ignore[reportMissingImports]
 
     from mmdit.ray import lists
     from mmdit.ray.actor import Painter

@@ -311,6 +311,11 @@ def test_marks() -> None:
     assert marked(Settings, Mark.OF_THE_RUN) == (
         "memory",
         "parallel",
+        "shard",
+        "claim",
+        "ray",
+        "ray_actors",
+        "ray_cores",
         "preview",
         "verbose",
         "from_png",

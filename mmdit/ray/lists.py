@@ -10,13 +10,14 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ray
-import ray.data
+import ray  # pyright: ignore[reportMissingImports]
+import ray.data  # pyright: ignore[reportMissingImports]
+from ray.exceptions import RayError  # pyright: ignore[reportMissingImports]
 
 from mmdit.common.command import say
 from mmdit.common.errors import SettingsError
@@ -57,7 +58,7 @@ def draw_by_ray(
                     for path in (path for _, path in left.pop(answer["part"]).pictures if path is not None):
                         if path.exists():
                             told(path)
-        except (ray.exceptions.RayError, OSError) as failed:  # the next round goes on
+        except (RayError, OSError) as failed:  # the next round goes on
             error = str(failed).strip().splitlines()[-1]
             say(f"Ray: {error}; what is left is tried again")
         vain = vain + 1 if len(left) == before and error else 0
@@ -83,7 +84,7 @@ def join(address: str) -> None:
         raise SettingsError(f"ray: no cluster at {address}: {told}") from None
 
 
-def answers(run: Settings, parts: Sequence[Part], largest: Settings, claims: Claims) -> Iterator[dict[str, Any]]:
+def answers(run: Settings, parts: Sequence[Part], largest: Settings, claims: Claims) -> Iterable[dict[str, Any]]:
     """What became of each part, as soon as it is known."""
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -99,7 +100,8 @@ def answers(run: Settings, parts: Sequence[Part], largest: Settings, claims: Cla
     pool = ray.data.ActorPoolStrategy(
         min_size=min(least, len(parts)), max_size=min(max(least, most), len(parts)), max_tasks_in_flight_per_actor=2
     )
-    return rows.map(Painter, fn_constructor_kwargs=own, compute=pool, **each).iter_rows()
+    what: Any = Painter  # Ray makes one in each actor, and calls that
+    return rows.map(what, fn_constructor_kwargs=own, compute=pool, **each).iter_rows()
 
 
 def told_to_actors(run: Settings) -> Settings:

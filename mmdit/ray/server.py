@@ -9,10 +9,10 @@ metrics. Whoever is too many waits at the proxy, and beyond `waiting` is told to
 import asyncio
 from typing import Any
 
-import ray
-from ray import serve
-from ray.serve import Application
-from ray.serve.config import AutoscalingConfig, BackpressureConfig
+import ray  # pyright: ignore[reportMissingImports]
+from ray import serve  # pyright: ignore[reportMissingImports]
+from ray.serve import Application  # pyright: ignore[reportMissingImports]
+from ray.serve.config import AutoscalingConfig, BackpressureConfig  # pyright: ignore[reportMissingImports]
 from starlette.types import Message, Receive, Scope, Send
 
 from mmdit.common.command import say
