@@ -1,5 +1,6 @@
 """Many machines by Ray: an actor's answers, without Ray; then, where it is installed, a cluster whose machines die."""
 
+import asyncio
 import importlib.util
 import json
 import os
@@ -98,6 +99,31 @@ def test_options_of_a_deployment() -> None:
     ):
         with pytest.raises(SettingsError, match=error):
             options_of(given)
+
+
+def test_an_application_begins_with_its_model_and_ends(tmp_path: Path) -> None:
+    """As a server that listens in its place tells it; what cannot be loaded is told in its turn."""
+    pytest.importorskip("starlette", reason="needs the extra `serve`")
+    from mmdit.serve.asgi import Served
+
+    async def lived(served: Served) -> list[str]:
+        said: list[Any] = []
+        told = iter(["startup", "shutdown"])
+
+        async def receive() -> dict[str, str]:
+            return {"type": f"lifespan.{next(told)}"}
+
+        async def send(message: Any) -> None:
+            said.append(message)
+
+        await served({"type": "lifespan"}, receive, send)
+        return [message["type"].removeprefix("lifespan.") for message in said]
+
+    served = Served(options_of({"device": "cpu"}))
+    assert asyncio.run(lived(served)) == ["startup.complete", "shutdown.complete"]
+    assert served.studio.loaded and not served.studio.ready
+    none = Served(options_of({"device": "cpu", "model": str(tmp_path / "none")}))
+    assert asyncio.run(lived(none)) == ["startup.failed"]
 
 
 # ---- with Ray --------------------------------------------------------------------------------------
