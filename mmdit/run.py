@@ -128,9 +128,9 @@ def run_by(settings: Settings, ranks: "Ranks | None") -> None:
                 show_words(pipeline, [s for s, _ in wanted])
             return pipeline
 
+        wanted, told = [], ""
         if lines is not None and (settings.claim is not None or settings.ray is not None):
-            say(draw_with_others(settings, lines, parts, load, seconds))
-            lines = wanted = None
+            told = draw_with_others(settings, lines, parts, load, seconds)
         else:
             wanted, skipped = at_once(lambda: wanted_of(settings, lines, parts))
         if ranks is not None:
@@ -147,7 +147,9 @@ def run_by(settings: Settings, ranks: "Ranks | None") -> None:
     except USER_ERRORS as error:
         raise SettingsError(str(error)) from error
     whole = time.perf_counter() - start
-    if lines is not None and wanted is not None:
+    if told:
+        say(told)
+    elif lines is not None:
         report(len(wanted), skipped, whole - seconds["import"] - seconds.get("load", 0))
     say(f"{', '.join(f'{name} {value:.2f} s' for name, value in seconds.items())}; {whole:.2f} s in all")
 

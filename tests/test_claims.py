@@ -310,6 +310,11 @@ def test_mistakes(tmp_path: Path, more: list[str], error: str, capsys: pytest.Ca
     assert len(said) == 1 and error in said[0] and not (tmp_path / "out").exists()
 
 
+def test_a_mistake_in_a_line_leaves_nothing(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = options(model, tmp_path, [{"prompt": "a horse", "width": 47}], "--claim", "9", out="new/out")
+    assert ran(told, capsys).code == 2 and not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("more", [["--shard", "1/2"], ["--claim", "9"], ["--ray", "auto"], ["--ray-actors", "1:2"]])
 def test_they_are_for_lists(more: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     code, _, said = ran(["a horse", *more], capsys)

@@ -40,6 +40,13 @@ def draw_claimed(pictures: Sequence[Placed], out: str, claims: Claims, draw: Dra
 
     Raises what ends this process: a disk that refuses files, a device that fails at everything.
     """
+    try:
+        _draw_claimed(pictures, out, claims, draw, tally)
+    except OSError as error:
+        raise UnwritableError(f"claim: {claims.folder}: {error.strerror or error}") from error
+
+
+def _draw_claimed(pictures: Sequence[Placed], out: str, claims: Claims, draw: Draw, tally: Tally) -> None:
     left = [part for part in parts_of(pictures, out) if any(path is not None for _, path in part.pictures)]
     while left:
         busy = []
@@ -83,7 +90,7 @@ def draw_part(claim: Claim, part: Part, out: str, draw: Draw, tally: Tally) -> N
                 if _is_of_the_process(error):
                     raise
                 give_up(claim, index, wanted[0], out, tally, f"{type(error).__name__}: {error}")
-                tally.in_a_row += 1
+                tally.in_a_row += not isinstance(error, SettingsError)  # that is what the row asks for
                 if tally.in_a_row == _IN_A_ROW:
                     raise SettingsError(f"{_IN_A_ROW} pictures in a row failed, at last by {error}") from error
 

@@ -110,6 +110,7 @@ class Claims:
         self.who = f"{platform.node()}.{os.getpid()}.{token_hex(4)}"
         self._clock = self.folder / f"{self.who}.clock"
         self._held: Claim | None = None
+        self._made = [folder for folder in self.folder.parents if not folder.exists()]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._clock.touch()
@@ -227,7 +228,8 @@ class Claims:
             if path.suffix in (".done", ".clock"):
                 path.unlink(missing_ok=True)
         with suppress(OSError):
-            self.folder.rmdir()  # where nothing was given up
+            for folder in (self.folder, *self._made):  # where nothing was given up, and then nothing was drawn
+                folder.rmdir()
 
     def wait(self) -> None:
         """A little, until others may be done or late."""
