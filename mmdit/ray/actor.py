@@ -52,6 +52,7 @@ class Painter:
         from mmdit.driver.pipeline import Pipeline
 
         torch.set_num_threads(self.run.ray_cores)
+        # As it was read: of the driver's number format.
         self.parts = load_parts(largest)
         self.pipeline = Pipeline.from_settings(largest, self.parts)
 
@@ -87,6 +88,6 @@ class Painter:
         if name != row["part"]:
             raise SettingsError(
                 "the pictures would be others on this machine than on the one that read the list: expected the same "
-                "files of the model, and --dtype where machines differ"
+                "files, of the model and of pictures to begin with"
             )
         return Part(name, pictures)
