@@ -5,32 +5,25 @@ import os
 import signal
 import time
 from argparse import Namespace
-from collections.abc import Sequence
-from contextlib import nullcontext, suppress
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import fields, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mmdit.common.command import MISTAKE, Parser, add_options, exit_code, give, hush, program, say, silent
 from mmdit.common.errors import SettingsError
-from mmdit.common.files import sweep
 from mmdit.common.options import Mark, marked
 from mmdit.driver.likeness import filled
-from mmdit.driver.output import (
-    Saver,
-    check_beside,
-    check_writable,
-    is_file,
-    picture_path,
-    preview_path,
-    save_dump,
-    sheet_path,
-)
+from mmdit.driver.output import check_beside, check_writable, is_file, picture_path, preview_path, sheet_path
 from mmdit.driver.pictures import check_pictures
 from mmdit.driver.prompts import Folders, Line, read_prompts, told_at
 from mmdit.driver.repeat import settings_of_picture, without_levels
 from mmdit.driver.settings import Settings, alone
+from mmdit.driver.writing import draw
+from mmdit.parallel.options import ManyOptions
 from mmdit.parallel.started import see_one_gpu, started
 
 if TYPE_CHECKING:
@@ -56,6 +49,8 @@ def settings_of(arguments: Sequence[str] | None) -> Settings:
     given = said_in(parser, arguments)
     if not given.keys() & {"prompt", "prompts", "from_png"}:
         parser.error("expected a prompt, --prompts FILE, or --from-png FILE")
+    for name in (f.name for f in fields(ManyOptions) if f.name in given and "prompts" not in given):
+        parser.error(f"--{name.replace('_', '-')} is for a list: expected --prompts FILE")
     if "prompts" in given:
         if "prompt" in given:
             parser.error("expected a prompt or --prompts FILE, not both")
@@ -64,6 +59,8 @@ def settings_of(arguments: Sequence[str] | None) -> Settings:
         if is_file(given.get("out", "")):
             parser.error(f"--out: {given['out']}: expected a folder, for the pictures of --prompts")
         given["prompt"] = ""
+        if given.keys() & {"ray_actors", "ray_cores"} and "ray" not in given:
+            parser.error("--ray-actors and --ray-cores are for --ray")
     return Settings(**(repeating(given) if "from_png" in given else filled(given)))
 
 
@@ -110,8 +107,10 @@ def run_by(settings: Settings, ranks: "Ranks | None") -> None:
         check_pictures(settings)
         lines = None
     else:
-        base = replace(settings, prompts=None)
-        lines = read_prompts(settings.prompts, base)
+        settings.resolved({})
+        check_shared(settings, ranks)
+        many = {f.name: f.default for f in fields(ManyOptions)}  # pictures tell nothing of who drew which
+        lines = read_prompts(settings.prompts, replace(settings, prompts=None, **many))
     from mmdit.driver.loading import load_parts  # here, so that --help and mistakes answer at once
     from mmdit.driver.pipeline import USER_ERRORS, Pipeline
 
@@ -119,17 +118,25 @@ def run_by(settings: Settings, ranks: "Ranks | None") -> None:
     at_once = (lambda work: work()) if ranks is None else ranks.together
     try:
         parts = at_once(lambda: load_parts(settings))  # no weights yet
-        wanted, skipped = at_once(lambda: wanted_of(settings, lines, parts))
-        if ranks is not None:
-            wanted, skipped = ranks.of_first((wanted, skipped))
-        if wanted:
-            largest = max((s for s, _ in wanted), key=lambda s: (s.width or 0) * (s.height or 0))
-            pipeline = at_once(lambda: Pipeline.from_settings(largest, parts))
+
+        def load(wanted: Sequence[tuple[Settings, Path]]) -> Pipeline:
+            pipeline = at_once(lambda: Pipeline.from_settings(largest([s for s, _ in wanted]), parts))
             settle()
             seconds["load"] = time.perf_counter() - start - seconds["import"]
             show_plan(pipeline, pipeline.plan)
             if lines is None or settings.verbose:
                 show_words(pipeline, [s for s, _ in wanted])
+            return pipeline
+
+        wanted, told = [], ""
+        if lines is not None and (settings.claim is not None or settings.ray is not None):
+            told = draw_with_others(settings, lines, parts, load, seconds)
+        else:
+            wanted, skipped = at_once(lambda: wanted_of(settings, lines, parts))
+        if ranks is not None:
+            wanted, skipped = ranks.of_first((wanted, skipped))
+        if wanted:
+            pipeline = load(wanted)
             if ranks is None:
                 draw(pipeline, wanted, run=settings, seconds=seconds)
             else:
@@ -140,7 +147,9 @@ def run_by(settings: Settings, ranks: "Ranks | None") -> None:
     except USER_ERRORS as error:
         raise SettingsError(str(error)) from error
     whole = time.perf_counter() - start
-    if lines is not None:
+    if told:
+        say(told)
+    elif lines is not None:
         report(len(wanted), skipped, whole - seconds["import"] - seconds.get("load", 0))
     say(f"{', '.join(f'{name} {value:.2f} s' for name, value in seconds.items())}; {whole:.2f} s in all")
 
@@ -150,12 +159,9 @@ def wanted_of(
 ) -> tuple[list[tuple[Settings, Path]], int]:
     """The pictures to be drawn, each with the file that it goes to, and how many of a list are there already."""
     if lines is not None:
-        every = []
-        for line in lines:
-            with told_at(line):
-                every.append(parts.check(line.settings))
-        wanted = Folders().missing(every)
-        skipped = sum(s.count for s in every) - len(wanted)
+        every = placed_of(settings, lines, parts)
+        wanted = missing(every)
+        skipped = len(every) - len(wanted)
     else:
         asked, skipped = parts.check(settings), 0
         wanted = [(s, picture_path(s, i, asked.count)) for i, s in enumerate(alone(asked))]
@@ -165,54 +171,89 @@ def wanted_of(
         say(f"warning: {settings.from_png} began with other pictures than there are now: {settings.init}")
     if lines is None and settings.control_pictures not in (None, wanted[0][0].control_pictures):
         say(f"warning: {settings.from_png} was controlled by other pictures than there are now")
-    paths = [path for _, path in wanted]
-    check_beside("preview", paths, paths if settings.preview is not None else (), preview_path)
-    check_beside("attention_maps", paths, [p for s, p in wanted if s.attention_maps is not None], sheet_path)
+    check_beside_all(settings, wanted)
     return wanted, skipped
 
 
-def draw(
-    pipeline: "Pipeline",
-    wanted: Sequence[tuple[Settings, Path]],
-    written: bool = True,
-    *,
-    run: Settings,
-    seconds: dict[str, float],
-) -> None:
-    """Draw and write pictures, each with the file that it is to go to; the time of each stage is added to `seconds`.
+def placed_of(settings: Settings, lines: Sequence[Line], parts: "Parts") -> list[tuple[Settings, Path | None]]:
+    """All pictures of a list, or of the shard of it that is asked for, with their files; None: there already.
 
-    written: or only draw them, where another process writes. run: says what is written beside them.
+    Names are given before the list is cut: they are those of the whole list.
     """
-    from mmdit.driver.attention import Attention
-    from mmdit.driver.loop import Drawing
-    from mmdit.driver.preview import Previews
-    from mmdit.driver.watch import Trace, Verbose
+    every = []
+    for line in lines:
+        with told_at(line):
+            every.append(parts.check(line.settings))
+    placed = Folders().placed(every)
+    if settings.shard is None:
+        return placed
+    from mmdit.parallel.shards import shard_of
 
-    pictures, paths = [s for s, _ in wanted], [path for _, path in wanted]
-    if not written:
-        for _ in Drawing(pipeline, pictures, [], seconds):
-            pass
+    return shard_of(placed, settings.shard)
+
+
+def missing(placed: Sequence[tuple[Settings, Path | None]]) -> list[tuple[Settings, Path]]:
+    return [(s, path) for s, path in placed if path is not None]
+
+
+def check_beside_all(settings: Settings, wanted: Sequence[tuple[Settings, Path]]) -> None:
+    """Raise SettingsError where what goes beside the pictures cannot have its name."""
+    paths = [path for _, path in wanted]
+    check_beside("preview", paths, paths if settings.preview is not None else (), preview_path)
+    check_beside("attention_maps", paths, [p for s, p in wanted if s.attention_maps is not None], sheet_path)
+
+
+def largest(pictures: Sequence[Settings]) -> Settings:
+    return max(pictures, key=lambda s: (s.width or 0) * (s.height or 0))
+
+
+def check_shared(settings: Settings, ranks: "Ranks | None") -> None:
+    """Raise SettingsError where a list cannot be shared with others in the way that is asked for."""
+    if settings.claim is None and settings.ray is None:
         return
-    for folder in {path.parent for path in paths}:
-        sweep(folder)
-    traces, dump, maps = [] if run.dump is None else [Trace()], run.dump, Attention()
-    verbose = [Verbose(say)] if run.verbose else []
-    previews = []
-    if run.preview is not None:
-        previews.append(Previews(run.preview, [preview_path(path) for path in paths], pipeline.preview))
-    with Saver(give) as save, previews[0] if previews else nullcontext():
-        drawing = Drawing(pipeline, pictures, [*traces, *previews, *verbose, maps], seconds)
-        for i, image in drawing:
-            seen = maps.done.pop(i, None)
-            save(image, drawing.settings[i], paths[i], seen and seen.sheet)
-    seconds["save"] = seconds.get("save", 0.0) + save.waited
-    if dump is not None:
-        from safetensors.torch import save_file
+    if ranks is not None:
+        raise SettingsError("claim and ray are for processes that draw alone: expected no torchrun before them")
+    if settings.ray is not None:
+        lacking = [name for name in ("ray", "pyarrow") if find_spec(name) is None]
+        if lacking:
+            raise SettingsError(f"ray needs {' and '.join(lacking)}: pip install 'mmdit[ray]'")
 
-        start = time.perf_counter()
-        save_dump(lambda path: save_file(traces[0].tensors, path), Path(dump).expanduser())
-        seconds["save"] += time.perf_counter() - start
-        give(Path(dump).expanduser())
+
+def draw_with_others(
+    settings: Settings,
+    lines: Sequence[Line],
+    parts: "Parts",
+    load: "Callable[[Sequence[tuple[Settings, Path]]], Pipeline]",
+    seconds: dict[str, float],
+) -> str:
+    """Draw what others do not of a list, or have actors draw it, until all of it is there; returns the report."""
+    from mmdit.parallel.claimed import Tally, draw_claimed, write_failures
+    from mmdit.parallel.claims import PATIENCE, Claims
+
+    tally = Tally()
+    if settings.ray is not None:
+        from mmdit.ray.lists import join
+
+        join(settings.ray)
+    with Claims(Path(settings.out).expanduser(), settings.claim or PATIENCE) as claims:
+        placed = placed_of(settings, lines, parts)
+        wanted = missing(placed)
+        check_beside_all(settings, wanted)
+
+        def told(path: Path) -> None:
+            tally.count(path)
+            give(path)
+
+        if wanted and settings.ray is not None:
+            from mmdit.ray.lists import draw_by_ray
+
+            draw_by_ray(settings, placed, largest([s for s, _ in wanted]), claims, tally, told)
+        elif wanted:
+            drawn = partial(draw, load(wanted), run=settings, seconds=seconds, told=told)
+            draw_claimed(placed, settings.out, claims, drawn, tally)
+        given_up = write_failures(claims, settings.out)
+    others = len(wanted) - tally.drawn - len(tally.failed)
+    return f"{tally.drawn} written; {len(placed) - len(wanted)} were there; {others} by others or given up{given_up}"
 
 
 def begin() -> None:

@@ -46,6 +46,11 @@ def commands(size: int, options: list[str], before: Callable[[int], object] | No
     return _begun(size, _command, port, options, before)
 
 
+def alone(size: int, options: list[str], before: Callable[[int], object] | None = None) -> list[Any]:
+    """The same in so many processes that know nothing of each other."""
+    return _begun(size, _by_itself, options, before)
+
+
 def _begun(size: int, begin: Callable[..., Any], *given: Any) -> list[Any]:
     with TemporaryDirectory() as name:
         every = [
@@ -91,6 +96,19 @@ def _command(
     mmdit.run._TO_SPEAK = 0
     if before is not None:
         before(rank)
+    return _main(options)
+
+
+def _by_itself(rank: int, *given: Any) -> Ran:
+    *_, options, before = given
+    if before is not None:
+        before(rank)
+    return _main(options)
+
+
+def _main(options: list[str]) -> Ran:
+    import mmdit.run
+
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
         try:

@@ -113,6 +113,12 @@ Memory:
 --memory 'auto' SIZE
 Several processes:
 --parallel 'auto' auto,pictures,guidance,tokens,both
+A list on many machines:
+--shard None I/N
+--claim None SECONDS
+--ray None auto|local|ADDRESS
+--ray-actors None LEAST:MOST
+--ray-cores 1 N
 Watching, and repeating:
 --preview None N
 --verbose False what
@@ -244,6 +250,7 @@ OTHER = {
     "slg_interval": "0:0.3", "pag": 3.0, "pag_layers": "13", "cache": 0.05,
     "focus": "a; b", "focus_scale": 2.0, "focus_loss": "jedi", "focus_until": 0.5, "focus_gain": "unit",
     "attention_maps": "a; b", "verbose": True, "parallel": "tokens",
+    "shard": "2/8", "claim": 120, "ray": "auto", "ray_actors": "1:8", "ray_cores": 2,
     "like": "comfyui", "rng": "cuda", "shift": "1.5", "sigmas": "1.0,0.5",
     "prompt_clip_l": "k", "prompt_clip_g": "j", "prompt_t5": "i", "negative_clip_l": "h", "negative_clip_g": "f",
     "negative_t5": "e", "emphasis": True, "long_prompts": True, "embedding": ("q.safetensors",), "clip_chunks": 2,
@@ -260,7 +267,7 @@ OTHER = {
 }  # fmt: skip
 UNSEEN = {
     "count", "device", "memory", "out", "prompts", "dump", "taesd", "preview", "verbose", "from_png", "attention_maps",
-    "parallel",
+    "parallel", "shard", "claim", "ray", "ray_actors", "ray_cores",
 }  # fmt: skip
 QUOTED = {name: f'{name}: "{text}"' for name, text in {
     "lora": "a:0.5", "cfg_interval": "0.2:0.9", "apg": "0:15:-0.5", "also": "a pig:0.5", "slg_interval": "0:0.3",
@@ -305,6 +312,11 @@ def test_marks() -> None:
     assert marked(Settings, Mark.OF_THE_RUN) == (
         "memory",
         "parallel",
+        "shard",
+        "claim",
+        "ray",
+        "ray_actors",
+        "ray_cores",
         "preview",
         "verbose",
         "from_png",

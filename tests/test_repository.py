@@ -23,6 +23,7 @@ OPTIONAL = {
     "huggingface_hub": "weights/hub.py",
     "starlette": "mmdit/serve",
     "uvicorn": "mmdit/serve",
+    "ray": "mmdit/ray",
 }
 MODULES = {"PIL": "pillow"}
 

@@ -7,7 +7,7 @@ from mmdit.common.errors import SettingsError
 from mmdit.common.options import Mark, from_one, from_one_to, option, shown, wrong
 from mmdit.common.paths import split_scale
 from mmdit.driver.likeness import LIKE
-from mmdit.parallel.options import ParallelOptions
+from mmdit.parallel.options import ManyOptions, ParallelOptions
 from samplers.focus.options import GAINS, LOSSES
 from samplers.options import between
 from text_encoders.subjects import subjects_of
@@ -184,4 +184,6 @@ class OutputOptions:
 
 
 # What is no setting of a picture from Python, and not of interest to other tools.
-OF_THE_COMMAND = tuple(f.name for room in (WatchOptions, ParallelOptions, OutputOptions) for f in fields(room))
+OF_THE_COMMAND = tuple(
+    f.name for room in (WatchOptions, ParallelOptions, ManyOptions, OutputOptions) for f in fields(room)
+)

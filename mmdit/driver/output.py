@@ -12,11 +12,11 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Self
+from typing import Self, overload
 
 from PIL import Image, PngImagePlugin
 from safetensors import SafetensorError
@@ -27,27 +27,63 @@ from mmdit.common.jsons import parse_json
 from mmdit.common.paths import user_path
 from mmdit.driver.options import OF_THE_COMMAND
 from mmdit.driver.pictures import result_size
-from mmdit.driver.settings import Settings
+from mmdit.driver.settings import Settings, identity
 from samplers.options import SAMPLERS, SPACINGS
 
 _END = b"\0\0\0\0IEND\xaeB`\x82"  # of every PNG file
 _BEHIND = 16  # pictures that may wait to be written
+_TRIES, _PAUSE = 20, 0.1  # for a file that is still empty, where the file system knows no links; seconds
 _NAME = 120  # bytes of a name that come from the prompt
 
 
-def save_image(image: Image.Image, settings: Settings, path: Path) -> Path:
-    """Write one picture with its own settings inside; returns the file. SettingsError where the disk does not take it.
+class UnwritableError(SettingsError):
+    """The disk does not take a file."""
+
+
+@overload
+def save_image(image: Image.Image, settings: Settings, path: Path) -> Path: ...
+@overload
+def save_image(image: Image.Image, settings: Settings, path: Path, once: bool) -> Path | None: ...
+
+
+def save_image(image: Image.Image, settings: Settings, path: Path, once: bool = False) -> Path | None:
+    """Write one picture with its own settings inside; returns the file. UnwritableError where the disk refuses it.
 
     Where `settings.out` names a file, that is `path`, and is replaced if it is there. In a folder `path` is the first
-    name to try: what is there is never replaced, not even if it came there a moment ago.
+    name to try: what is there is never replaced, not even if it came there a moment ago. once: nor is the same picture
+    written again that another process put there; then None is returned.
     """
     info = png_info(settings)
     with _written(path) as written:
         image.save(written, format="PNG", pnginfo=info)
-        if not is_file(settings.out):
-            return next(name for name in itertools.chain([path], names(settings)) if put_new(written, name))
-        put(written, path)
-        return path
+        if is_file(settings.out):
+            put(written, path)
+            return path
+        for name in itertools.chain([path], names(settings)):
+            if put_new(written, name):
+                return name
+            if once and _shows(name, settings):
+                return None
+        raise AssertionError("names have no end")
+
+
+def is_there(settings: Settings, path: Path) -> bool:
+    """Whether a picture is in its file or, in a folder, under the next of its names that was free: on the disk, now."""
+    if is_file(settings.out):
+        return _shows(path, settings)
+    tried = itertools.takewhile(os.path.lexists, itertools.chain([path], names(settings)))
+    return any(_shows(name, settings) for name in tried)
+
+
+def _shows(path: Path, settings: Settings) -> bool:
+    """Whether a file is this picture. One that is empty is waited for: another process may just be writing it."""
+    for _ in range(_TRIES):
+        with suppress(OSError):
+            if path.stat().st_size:
+                break
+        time.sleep(_PAUSE)
+    found = settings_in(path)
+    return found is not None and identity(found) == identity(settings)
 
 
 def png_info(settings: Settings) -> PngImagePlugin.PngInfo:
@@ -59,7 +95,7 @@ def png_info(settings: Settings) -> PngImagePlugin.PngInfo:
 
 
 def save_dump(write: Callable[[Path], object], path: Path) -> None:
-    """Write a file by a function of its path, in the place of what is there; SettingsError as above."""
+    """Write a file by a function of its path, in the place of what is there; UnwritableError as above."""
     with _written(path) as written:
         write(written)
         put(written, path)
@@ -71,7 +107,7 @@ def _written(path: Path) -> Iterator[Path]:
         with beside(path) as written:
             yield written
     except (OSError, SafetensorError) as error:
-        raise SettingsError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
+        raise UnwritableError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def settings_in(path: Path) -> Settings | None:
@@ -97,9 +133,9 @@ class Saver:
     waited: seconds that pictures had to wait to be taken, and the end for the last to be written.
     """
 
-    def __init__(self, written: Callable[[Path], object]) -> None:
-        """written: called, in the thread, with the path of each picture once it is there."""
-        self.waited, self._written = 0.0, written
+    def __init__(self, written: Callable[[Path], object], once: bool = False) -> None:
+        """written: called, in the thread, with the path of each picture once it is there. once: as in `save_image`."""
+        self.waited, self._written, self._once = 0.0, written, once
         self._thread, self._jobs = ThreadPoolExecutor(1, thread_name_prefix="save"), deque[Future[None]]()
 
     def __call__(
@@ -115,8 +151,10 @@ class Saver:
     def _save(
         self, image: Image.Image, settings: Settings, path: Path, sheet: Callable[[], Image.Image] | None
     ) -> None:  # fmt: skip
-        path = save_image(image, settings, path)
-        self._written(path)
+        new = save_image(image, settings, path, self._once)
+        if new is None:
+            return
+        self._written(path := new)
         if sheet is not None:
             save_dump(lambda written: sheet().save(written, format="PNG"), sheet_path(path))
             self._written(sheet_path(path))

@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from mmdit.driver.output import check_writable, is_file, picture_path, settings_
 from mmdit.driver.pictures import check_pictures
 from mmdit.driver.settings import Settings, alone, identity, keywords, settings_from
 
+ERROR = "error"  # of a line in a list of failures
 JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
 
 
@@ -99,18 +101,33 @@ def from_json(text: str) -> dict[str, Any]:
 
 
 def picture_settings(given: dict[str, Any], base: Settings) -> Settings:
-    """`base` with what a line says; SettingsError for what is not a picture's own."""
-    loaded, of_the_run = marked(base, Mark.LOADED), marked(base, Mark.OF_THE_RUN)
-    own = [name for name in keywords(base) if name not in (*loaded, *of_the_run)]
+    """`base` with what a line says; SettingsError for what is not a picture's own.
+
+    Why a picture was given up, which a list of failures says, counts for nothing.
+    """
+    loaded, of_the_run, own = marked(base, Mark.LOADED), marked(base, Mark.OF_THE_RUN), _own(base)
     for name in given:
         if name in loaded:
             raise SettingsError(f"{name} is fixed when the model is loaded, for all lines: give it as an option")
         if name in of_the_run:
             raise SettingsError(f"{name} belongs to the whole run: give it as an option; a line has {', '.join(own)}")
-    settings = settings_from(given, base)
+    settings = settings_from({name: value for name, value in given.items() if name != ERROR}, base)
     if "prompt" not in given:
         raise SettingsError("has no prompt")
     return settings
+
+
+def line_of(settings: Settings, out: str) -> dict[str, Any]:
+    """The line of a list that asks for this one picture; out: where pictures go without being told."""
+    plain = {f.name: f.default for f in fields(settings)} | {"out": out}
+    told = {name: getattr(settings, name) for name in _own(settings)}
+    return {name: value for name, value in told.items() if name == "prompt" or value != plain[name]}
+
+
+def _own(settings: Settings) -> list[str]:
+    """The names that a line may have."""
+    others = {*marked(settings, Mark.LOADED), *marked(settings, Mark.OF_THE_RUN)}
+    return [name for name in keywords(settings) if name not in others]
 
 
 # ---- what is there already -----------------------------------------------------------------------
@@ -126,12 +143,19 @@ class Folders:
 
     def missing(self, wanted: Iterable[Settings]) -> list[tuple[Settings, Path]]:
         """Of the pictures, `count` for each entry, those that are not there, each once, with the files they go to."""
+        return [(s, path) for s, path in self.placed(wanted) if path is not None]
+
+    def placed(self, wanted: Iterable[Settings]) -> list[tuple[Settings, Path | None]]:
+        """All of the pictures, in order, with the files they go to; None for those that are there, or come before.
+
+        Whatever part of a list is there already, the rest gets the names that it had at the beginning.
+        """
         pictures = [(s, i, some.count) for some in wanted for i, s in enumerate(alone(some))]
         places: dict[int, Path] = {}
         for k in sorted(range(len(pictures)), key=lambda k: not is_file(pictures[k][0].out)):  # fixed names first
             path = self.place(*pictures[k])
             places |= {} if path is None else {k: path}
-        return [(pictures[k][0], places[k]) for k in sorted(places)]
+        return [(s, places.get(k)) for k, (s, _, _) in enumerate(pictures)]
 
     def place(self, settings: Settings, index: int = 0, count: int = 1) -> Path | None:
         """The file for picture `index` of `count`; None where the same picture is there, or was given a place before.

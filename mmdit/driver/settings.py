@@ -22,7 +22,7 @@ from mmdit.driver.options import (
 from mmdit.images.options import ImageOptions, as_text
 from mmdit.memory.options import MemoryOptions
 from mmdit.options import ComputeOptions
-from mmdit.parallel.options import ParallelOptions
+from mmdit.parallel.options import ManyOptions, ParallelOptions
 from samplers.options import GuidanceOptions, SamplerOptions
 from text_encoders.options import TextOptions
 from vae.options import TinyOptions
@@ -33,6 +33,7 @@ from vae.options import TinyOptions
 class Settings(
     OutputOptions,
     WatchOptions,
+    ManyOptions,
     ParallelOptions,
     MemoryOptions,
     ComputeOptions,
