@@ -1,6 +1,6 @@
 """Options of the tests, and what all of them may ask for.
 
-    pytest          a sample: of long sweeps the same few cases every time, of damaged files 100 of each kind
+    pytest          a sample: of long sweeps the same few cases every time, of damaged files 40 of each kind
     pytest --all    all cases, and 1500 damaged files of each kind
 
     pytest -m gpu   the tests that need CUDA, and no others

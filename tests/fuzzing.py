@@ -28,7 +28,7 @@ from weights import CheckpointError
 from weights.inspect import inspect
 from weights.report import report
 
-COUNT = int(os.environ.get("FUZZ", "100"))
+COUNT = int(os.environ.get("FUZZ", "40"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
 MEMORY = 100 << 20  # bytes that a damaged file may cost
 ALARM = 5  # seconds: one is allowed, the rest is for a busy machine

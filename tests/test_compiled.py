@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from reference import Inputs, draw, relative_error, rounded, transformers
+from sweeps import sampled
 from torch import Tensor, nn
 
 from benchmarks.emoji.tokenizers import write_tokenizers
@@ -73,7 +74,7 @@ def test_float32_velocity_is_the_same(config: Any, way: Callable[[MMDiT], None])
 
 @torch.no_grad()
 @pytest.mark.parametrize("ways", [(by_onednn,), pytest.param((by_onednn, compile_norms), marks=compiler)])
-@pytest.mark.parametrize("backend", ["auto", "sdpa"])
+@pytest.mark.parametrize("backend", sampled(["auto", "sdpa"], 2))
 def test_bfloat16_is_no_further_from_the_exact_velocity(
     backend: str, ways: tuple[Callable[[MMDiT], None], ...]
 ) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from sweeps import sampled
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -157,7 +158,7 @@ def test_an_edited_model_draws_as_it_is_called(edit: Edit, plain: Tensor) -> Non
     assert not close(found, plain)
 
 
-@pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.__name__)
+@pytest.mark.parametrize("edit", sampled(EDITS, 4), ids=lambda edit: edit.__name__)
 def test_an_edited_model_draws_within_a_budget(edit: Edit) -> None:
     """Measured without memory where the edit allows that; one that holds real tensors draws all the same."""
     pipe = Pipeline.load(dtype="fp32", editable=True, memory="20GB")
@@ -184,7 +185,9 @@ def test_an_edit_of_weights_that_come_and_go_is_refused(edit: Edit, memory: str)
         drawn(pipe)
 
 
-@pytest.mark.parametrize("edit", [own_forward, other_method, own_attention, hooked], ids=lambda edit: edit.__name__)
+@pytest.mark.parametrize(
+    "edit", sampled([own_forward, other_method, own_attention, hooked], 2), ids=lambda edit: edit.__name__
+)
 @pytest.mark.parametrize("mode", list(Mode))
 def test_edits_without_weights_work_in_every_plan(edit: Edit, mode: Mode, plain: Tensor) -> None:
     pipe, truth = Pipeline.load(dtype="fp32"), Pipeline.load(dtype="fp32", editable=True)
