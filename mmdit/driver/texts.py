@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from mmdit.driver.reading import Text, context_length, in_chunks, texts_of
+from mmdit.driver.remembered import Texts
 from mmdit.driver.settings import Settings
 from mmdit.driver.stages import Stages
 from mmdit.memory.budget import DeviceMemoryError
@@ -15,8 +16,6 @@ _AT_A_TIME = 64  # more are no faster
 _KEPT = 0.1  # of the budget, for texts that are encoded and wait
 _KEPT_AT_MOST = 1e9  # bytes
 
-Texts = dict[Text, Conditioning]  # each a batch of 1, on the CPU
-
 
 def size(stages: Stages, text: Text) -> int:
     """Bytes of a text, encoded."""
@@ -25,7 +24,11 @@ def size(stages: Stages, text: Text) -> int:
 
 
 def parts(stages: Stages, pictures: Sequence[Settings]) -> Iterator[tuple[list[int], int]]:
-    """The list in parts whose texts, encoded, are few enough to keep, each with the bytes of these texts."""
+    """The list in parts whose texts, encoded, are few enough to keep, each with the bytes of these texts.
+
+    What is remembered of other runs is added to them.
+    """
+    remembered = 0 if stages.remembered is None else stages.remembered.most
     part: list[int] = []
     texts: dict[Text, int] = {}
     budgets = {memory: stages.budget(memory) for memory in sorted({s.memory for s in pictures})}
@@ -34,18 +37,38 @@ def parts(stages: Stages, pictures: Sequence[Settings]) -> Iterator[tuple[list[i
         most = min(_KEPT * budgets[s.memory], _KEPT_AT_MOST)
         new = {text: size(stages, text) for text in texts_of(s).values() if text not in texts}
         if part and taken + sum(new.values()) > most:
-            yield part, taken
+            yield part, taken + remembered
             part, texts, taken = [], {}, 0
             new = {text: size(stages, text) for text in texts_of(s).values()}
         part.append(i)
         texts |= new
         taken += sum(new.values())
     if part:
-        yield part, taken
+        yield part, taken + remembered
 
 
 def encode(stages: Stages, pictures: Sequence[Settings], waiting: int, seconds: dict[str, float]) -> Texts:
-    """All texts of these pictures. waiting: the bytes that they take. seconds: the time is added to."""
+    """All texts of these pictures. waiting: the bytes that they take. seconds: the time is added to.
+
+    Where the stages remember texts, those of a picture are encoded as they are where it is drawn alone.
+    """
+    remembered = stages.remembered
+    if remembered is None:
+        return _encode(stages, pictures, waiting, seconds)
+    alike: dict[tuple[Text, ...], list[Settings]] = {}
+    for s in pictures:
+        alike.setdefault(tuple(dict.fromkeys(texts_of(s).values())), []).append(s)
+    every: Texts = {}
+    for texts, some in alike.items():
+        found = remembered.find(stages, texts)
+        if found is None:
+            found = _encode(stages, some, waiting, seconds)
+            remembered.keep(texts, found)
+        every |= found
+    return every
+
+
+def _encode(stages: Stages, pictures: Sequence[Settings], waiting: int, seconds: dict[str, float]) -> Texts:
     lengths: dict[tuple[int, int], list[Text]] = {}
     for text in dict.fromkeys(text for s in pictures for text in texts_of(s).values()):
         lengths.setdefault((text.t5_length, text.chunks), []).append(text)
