@@ -171,6 +171,21 @@ def test_requests_of_one_kind_are_drawn_together(served: Served) -> None:
     assert served.metric("mmdit_batch_pictures_count") == before + 2
 
 
+def test_the_log_says_how_many_were_drawn_together(served: Served) -> None:
+    """At most, in the line that has the id of the answer."""
+    asks = [{"prompt": "a bear", "seed": 1, "steps": 4, "n": n, "size": SIZE} for n in (1, 3)]
+    with gated(served.studio) as gate, ThreadPoolExecutor(2) as pool:
+        first = pool.submit(served.post, "/v1/images/generations", {**asks[0], "steps": 3})
+        gate.reached.wait(30)
+        second = pool.submit(served.post, "/v1/images/generations", asks[1])
+        wait(lambda: served.metric("mmdit_queue_pictures") == 3)
+        gate.open()
+        ids = [future.result().headers["x-request-id"] for future in (first, second)]
+    wait(lambda: {line["id"] for line in served.log} > {*ids})
+    assert [line["together"] for one in ids for line in served.log if line["id"] == one] == [1, 3]
+    assert len({line["id"] for line in served.log}) == len(served.log)
+
+
 def test_whoever_leaves_frees_the_place_at_the_next_step(served: Served) -> None:
     """Of a request and of a stream; one that waits is never begun."""
     with gated(served.studio) as gate:

@@ -12,6 +12,7 @@ from starlette.routing import Route, Router
 from mmdit.common.command import give, say
 from mmdit.common.errors import SettingsError
 from mmdit.driver.pipeline import USER_ERRORS, Pipeline
+from mmdit.driver.remembered import Remembered
 from mmdit.run import settle
 from mmdit.serve import browser
 from mmdit.serve.asking import Front
@@ -25,6 +26,8 @@ from mmdit.serve.studio import Studio
 
 _CLOSING = 5  # seconds that answers have to be sent, at the end
 _TICK = 0.05
+_TEXTS = 256e6  # bytes of texts that are encoded and kept
+_SHARE = 0.05  # of the budget, for them at most
 _BACKLOG = 2048  # connections that wait to be taken
 
 
@@ -116,6 +119,7 @@ class Server(uvicorn.Server):
 
 def loaded(options: ServeOptions) -> Pipeline:
     pipeline = Pipeline.from_settings(options.settings)
+    pipeline.remembered = Remembered(min(_TEXTS, _SHARE * pipeline.budget(options.memory)))
     settle()
     return pipeline
 
