@@ -19,6 +19,7 @@ from mmdit.serve.asking import Front
 from mmdit.serve.automatic import Automatic
 from mmdit.serve.guard import Guard
 from mmdit.serve.keys import Keys
+from mmdit.serve.logs import discreet, in_json
 from mmdit.serve.metrics import Metrics
 from mmdit.serve.openai import OpenAI
 from mmdit.serve.options import ServeOptions
@@ -120,6 +121,7 @@ class Server(uvicorn.Server):
 def loaded(options: ServeOptions) -> Pipeline:
     pipeline = Pipeline.from_settings(options.settings)
     pipeline.remembered = Remembered(min(_TEXTS, _SHARE * pipeline.budget(options.memory)))
+    discreet(pipeline)
     settle()
     return pipeline
 
@@ -148,7 +150,7 @@ def address_of(listener: socket.socket) -> str:
 def serve(options: ServeOptions) -> None:
     """Be the server until a signal ends it; SettingsError where it cannot begin."""
     server = Server(options)
-    with listening(options) as listener:
+    with listening(options) as listener, in_json(say):
         give(address_of(listener))
         server.run([listener])
     failed = server.studio.failed
