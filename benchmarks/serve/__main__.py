@@ -74,7 +74,7 @@ class Watch:
         self._threads = [round(share * requests) for share in THREAD_DIES]
         self._all = [round(share * requests) for share in ALL_DIES]
         self.queue = self.running = 0.0  # the most pictures
-        self.warm = 0  # bytes
+        self.memory: list[int] = []  # bytes after each tenth of the requests, of the last server
         self.counted: defaultdict[str, float] = defaultdict(float)  # by all servers, one after another
         self._last: dict[str, float] = {}
 
@@ -90,8 +90,8 @@ class Watch:
         elif self._threads and done >= self._threads[0]:
             self._threads.pop(0)
             self._server.kill_thread()
-        if not self.warm and not self._all and done >= WARM * self._requests:
-            self.warm = self._server.memory()
+        if not self._all and done >= (WARM + len(self.memory) / 10) * self._requests:
+            self.memory.append(self._server.memory())
 
     def keep(self) -> None:
         """What counters of this server say, before it goes."""
@@ -121,9 +121,10 @@ def report(arguments: Sequence[str] | None, say: Callable[[str], object]) -> boo
         seconds = time.monotonic() - begun
         alien = garbage_bytes(server.url)
         time.sleep(1)  # what nobody waits for any more takes its last step
-        end, memory = server.metrics(), server.memory()
+        end = server.metrics()
         watch.look(given.requests)
         watch.keep()
+        server.count()
         code, log, others = server.stop(), server.lines(), server.other_lines()
     pipe = Pipeline.load(device="cpu", dtype=given.dtype)
     settle()
@@ -137,8 +138,10 @@ def report(arguments: Sequence[str] | None, say: Callable[[str], object]) -> boo
     rows = {
         "seconds, and of them without a server": f"{seconds:.1f}, {server.down:.1f}",
         **_rates(answers, seconds - server.down, found),
+        "CPU seconds a picture: of the server, of the loop": f"{server.cpu / sum(len(a.files) for a in drawn):.3f}, "
+        f"{found.cpu / found.count:.3f}",
         **_told(watch),
-        "memory of the process, warm and at the end": f"{watch.warm / 1e6:.0f} MB, {memory / 1e6:.0f} MB",
+        "MB of the process, after 3, 4, ... tenths": ", ".join(f"{held / 1e6:.0f}" for held in watch.memory),
         "memory predicted by the plan": f"{end.get(PREDICTED, 0) / 1e6:.0f} MB",
         "answer to bytes that are no HTTP": alien or "none, closed",
         "exit code after SIGTERM": str(code),

@@ -23,6 +23,7 @@ class Compared:
     """Pictures of answers beside those that a pipeline of its own draws one by one."""
 
     seconds: float = 0.0  # of its calls
+    cpu: float = 0.0  # the same of the processor
     alone: list[int] = field(default_factory=list)  # the greatest difference in levels of each that was drawn alone
     together: list[int] = field(default_factory=list)
     means: list[float] = field(default_factory=list)  # the mean difference of each of these
@@ -38,9 +39,10 @@ def compared(pipe: Pipeline, answers: Sequence[Answer], log: Sequence[Mapping[st
     found, together = Compared(), {line["id"]: line.get("together") for line in log}
     for answer in answers:
         for own, file in zip(answer.ask.pictures, answer.files):
-            begun = time.perf_counter()
+            begun, used = time.perf_counter(), time.process_time()
             expected = np.asarray(pipe(**own)[0]).astype(int)
             found.seconds += time.perf_counter() - begun
+            found.cpu += time.process_time() - used
             seen = np.asarray(Image.open(io.BytesIO(file)).convert("RGB")).astype(int)
             if seen.shape != expected.shape:
                 found.wrong.append(f"{answer.ask.kind}: {seen.shape} is not {expected.shape}: {own}")

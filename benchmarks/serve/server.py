@@ -26,6 +26,7 @@ class Server:
         self._more = ["--api-key-file", str(keys), *more]
         self._until: list[float] = []  # of each kill: when what it did is over
         self.down = 0.0  # seconds without a server
+        self.cpu = self._loading = 0.0  # seconds of the processor, without loading
         self.url = ""
         self.start()
 
@@ -45,11 +46,21 @@ class Server:
         while self._status("/ready") != 200:
             assert time.monotonic() - begun < _PATIENCE, "the server is not ready"
             time.sleep(0.1)
+        self._loading = self._used()
+
+    def count(self) -> None:
+        """Add what this process used to `cpu`, before it goes."""
+        self.cpu += self._used() - self._loading
+
+    def _used(self) -> float:
+        after_name = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(after_name[11]) + int(after_name[12])) / os.sysconf("SC_CLK_TCK")
 
     def kill(self) -> None:
         """SIGKILL, as a machine that runs out of memory does; returns when another one is ready."""
         begun = time.monotonic()
         self._until.append(math.inf)
+        self.count()
         self._process.kill()
         self._process.wait()
         self.start()
