@@ -61,6 +61,10 @@ def test_formats(served: Served, form: Any, kind: str) -> None:
     )
     head, _, body = (answer.data or [])[0].url.partition(",")  # type: ignore[union-attr]
     assert head == f"data:image/{form};base64" and opened(body).format == kind
+    told = served.post("/sdapi/v1/png-info", {"image": body}).json()
+    assert told["parameters"]["seed"] == 7 and set(told["items"]) == {"comment", "mmdit"}
+    long = {"prompt": "a", "negative": "🐴" * 32_000, "cfg": 1, "steps": 1, "size": SIZE, "output_format": form}
+    assert served.post("/v1/images/generations", long).status_code == 200
 
 
 def test_edits_paint_where_the_mask_is_clear(served: Served) -> None:

@@ -17,6 +17,7 @@ DRAW, EDIT, WEB, WEB_EDIT = (
 SOLVERS = {"euler": "Euler", "dpmpp_2m": "DPM++ 2M", "heun": "Heun", "euler_ancestral": "Euler a"}  # ours, the web UI's
 MEGABYTES = 1  # what a request may have
 _PROMPTS = [f"a {colour}{noun}" for noun in ("horse", "bear", "fox", "cow", "pig") for colour in ("", "blue ", "red ")]
+_LARGE = json.dumps({"prompt": "a" * (MEGABYTES * 10**6)}).encode()
 _WEIGHTS = {
     "picture": 30, "several": 8, "stream": 8, "edit": 7, "web ui": 12, "web ui, edit": 5, "state": 4,
     "leaves": 8, "leaves a stream": 4, "garbage": 11, "wrong key": 3,
@@ -158,7 +159,7 @@ def _garbage(of: random.Random, key: str) -> Ask:
         Ask("garbage", WEB_EDIT, prompt, key=key, expected=400),
         Ask("garbage", EDIT, form=(("prompt", "a"), ("image", b"no picture")), key=key, expected=400),
         Ask("garbage", EDIT, raw=b"--x\r\nno form", key=key, expected=400),
-        Ask("garbage", DRAW, raw=json.dumps({"prompt": "a" * (MEGABYTES * 10**6)}).encode(), key=key, expected=413),
+        Ask("garbage", DRAW, raw=_LARGE, key=key, expected=413),
         Ask("garbage", DRAW, method="GET", key=key, expected=405),
         Ask("garbage", "/v1/nothing", prompt, key=key, expected=404),
     ]
