@@ -2,13 +2,18 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
+
+from torch import nn
+from torch.nn.modules import module as everywhere
 
 from mmdit.driver.reading import Text, context_length, in_chunks, texts_of
 from mmdit.driver.remembered import Texts
 from mmdit.driver.settings import Settings
 from mmdit.driver.stages import Stages
 from mmdit.memory.budget import DeviceMemoryError
-from text_encoders import Conditioning, Prompt
+from mmdit.memory.residency import Role, of_role
+from text_encoders import Conditioning, Prompt, TextEncoder
 
 __all__ = ["Text", "Texts", "encode", "parts", "texts_of"]
 
@@ -58,9 +63,9 @@ def encode(stages: Stages, pictures: Sequence[Settings], waiting: int, seconds: 
     alike: dict[tuple[Text, ...], list[Settings]] = {}
     for s in pictures:
         alike.setdefault(tuple(dict.fromkeys(texts_of(s).values())), []).append(s)
-    every: Texts = {}
+    every, state = Texts(), state_of(stages)
     for texts, some in alike.items():
-        found = remembered.find(stages, texts)
+        found = remembered.find(texts, state)
         if found is None:
             found = _encode(stages, some, waiting, seconds)
             remembered.keep(texts, found)
@@ -105,3 +110,28 @@ def _encode(stages: Stages, pictures: Sequence[Settings], waiting: int, seconds:
             raise
     sizes = iter((fewer, fewer))
     return stages.stage("encode", job, seconds, work)
+
+
+def state_of(stages: Stages) -> object | None:
+    """What an encoding depends on beside its texts, as `Remembered` compares it."""
+    text, networks = stages.text, stages.parts.networks
+    own = [networks[name] for name in of_role(Role.ENCODES_TEXT, networks)]
+    modules = [module for network in own for module in network.module.modules()]
+    if type(text) is not TextEncoder or any(network.editable for network in own):
+        return None
+    if "encode" in vars(stages) or "encode" in vars(text) or any(map(_touched, modules)) or _hooks(everywhere):
+        return None
+    return stages.actual["weights"], stages.actual["lora"], text, modules
+
+
+def _touched(module: nn.Module) -> bool:
+    """Whether somebody else's hooks look at its calls, or its forward was replaced."""
+    return "forward" in vars(module) or bool(_hooks(module))
+
+
+def _hooks(of: Any) -> list[Any]:
+    """Hooks of a module, or of all modules, that are not this engine's, which only bring weights."""
+    names = ("_forward_hooks", "_forward_pre_hooks")
+    lists = [getattr(of, name, None) or getattr(of, f"_global{name}", {}) for name in names]
+    every = [hook for some in lists for hook in some.values()]
+    return [hook for hook in every if not getattr(hook, "__module__", "").startswith("mmdit.memory.")]

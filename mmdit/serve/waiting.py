@@ -4,7 +4,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from PIL import Image
 
@@ -14,8 +14,13 @@ from mmdit.images.given import Given
 from mmdit.images.options import steps_of
 from mmdit.serve.events import LetGoError, Tell
 
-if TYPE_CHECKING:
-    from mmdit.serve.studio import Studio
+
+class Draws(Protocol):
+    """Who draws a ticket's pictures."""
+
+    def end(self, ticket: "Ticket", error: Exception | None = None) -> None: ...
+
+    def skip(self, ticket: "Ticket") -> None: ...
 
 
 class Place:
@@ -45,7 +50,7 @@ class Place:
 class Ticket:
     """Pictures that were asked for together."""
 
-    def __init__(self, studio: "Studio", pictures: Sequence[Settings], tell: Tell, owner: str, client: str) -> None:
+    def __init__(self, studio: Draws, pictures: Sequence[Settings], tell: Tell, owner: str, client: str) -> None:
         """owner: whose limit it counts to. client: with whom it takes turns."""
         self._studio, self.tell, self.owner, self.client = studio, tell, owner, client
         self.places = [Place(self, i, s) for i, s in enumerate(pictures)]
