@@ -36,7 +36,7 @@ def test_a_load_loses_nothing(tmp_path: Path) -> None:
     assert {answer.ask.kind for answer in answers} == {*KINDS} and len(answers) == 18
     assert {answer.outcome for answer in answers} == {"answered", "refused", "left"}, [a.told for a in answers]
     some = [answer for answer in answers if answer.files][::2]
-    found = judged.compared(pipeline(), some, served.log)
+    found = judged.compared(pipeline(), some, served.log, judged.ROUNDING["fp32"])
     assert found.wrong == [] and found.count >= 4 and max(found.alone, default=0) == 0
     lines = judged.table(answers)
     assert len(lines) == 3 + len(KINDS) and lines[-1].startswith("| all | ") and "| 0 | 0 |" in lines[-1]
@@ -100,7 +100,7 @@ def test_another_picture_is_noticed() -> None:
         data = io.BytesIO()
         Image.fromarray(picture).save(data, format="PNG")
         answer = Answer(Ask("picture", "", pictures=[own]), id="x", files=[data.getvalue()])
-        return len(judged.compared(pipe, [answer], [{"id": "x", "together": together}]).wrong)
+        return len(judged.compared(pipe, [answer], [{"id": "x", "together": together}], 0.5).wrong)
 
     other = grey.copy()
     other[0, 0, 0] += 1

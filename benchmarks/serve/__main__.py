@@ -105,7 +105,7 @@ def report(arguments: Sequence[str] | None, say: Callable[[str], object]) -> boo
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--clients", type=int, default=12, help="at a time")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--dtype", choices=[*judged.ROUNDING], default="fp32")
     parser.add_argument("--sample", type=float, default=0.2, help="of the answers whose pictures are compared")
     given = parser.parse_args(arguments)
     every = asks(given.seed, given.requests, KEYS)
@@ -131,7 +131,7 @@ def report(arguments: Sequence[str] | None, say: Callable[[str], object]) -> boo
     pipe("a horse", width=64, height=64, steps=1)
     drawn = [answer for answer in answers if answer.files]
     sample = Random(given.seed).sample(drawn, max(1, round(given.sample * len(drawn))))
-    found = judged.compared(pipe, sample, log)
+    found = judged.compared(pipe, sample, log, judged.ROUNDING[given.dtype])
 
     bad = [f"{one.ask.kind}: {one.outcome}: {one.told}" for one in answers if one.outcome in ("lost", "wrong")]
     bad += [*found.wrong, *(f"in the log: {line}" for line in others)]

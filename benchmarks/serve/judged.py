@@ -15,7 +15,9 @@ from benchmarks.serve.asks import KINDS
 from benchmarks.serve.clients import Answer
 from mmdit.driver.pipeline import Pipeline
 
-ROUNDING = 1.0  # levels: the mean difference that pictures of one batch may have at most
+# Levels: the mean difference that a picture of a batch may have at most. In bfloat16 a few steps make much of rounding;
+# another seed's picture differs by some 50.
+ROUNDING = {"fp32": 0.5, "auto": 6.0, "bf16": 6.0}
 
 
 @dataclass
@@ -34,8 +36,11 @@ class Compared:
         return len(self.alone) + len(self.together)
 
 
-def compared(pipe: Pipeline, answers: Sequence[Answer], log: Sequence[Mapping[str, Any]]) -> Compared:
-    """log: the server's lines, of which that with the answer's id says how many pictures were drawn together."""
+def compared(pipe: Pipeline, answers: Sequence[Answer], log: Sequence[Mapping[str, Any]], rounding: float) -> Compared:
+    """log: the server's lines, of which that with the answer's id says how many pictures were drawn together.
+
+    rounding: levels that pictures drawn together may differ by in the mean.
+    """
     found, together = Compared(), {line["id"]: line.get("together") for line in log}
     for answer in answers:
         for own, file in zip(answer.ask.pictures, answer.files):
@@ -50,7 +55,7 @@ def compared(pipe: Pipeline, answers: Sequence[Answer], log: Sequence[Mapping[st
             far, alone = np.abs(seen - expected), together.get(answer.id) == 1
             (found.alone if alone else found.together).append(int(far.max()))
             found.means += [] if alone else [float(far.mean())]
-            if far.max() if alone else far.mean() > ROUNDING:
+            if far.max() if alone else far.mean() > rounding:
                 found.wrong.append(f"{answer.ask.kind}, {together.get(answer.id)} together: {far.max()} levels: {own}")
     return found
 
