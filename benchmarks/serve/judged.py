@@ -16,7 +16,7 @@ from benchmarks.serve.clients import Answer
 from mmdit.driver.pipeline import Pipeline
 
 # Levels: the mean difference that a picture of a batch may have at most. In bfloat16 a few steps make much of rounding;
-# another seed's picture differs by some 50.
+# another seed's picture differs by some 127.
 ROUNDING = {"fp32": 0.5, "auto": 6.0, "bf16": 6.0}
 
 
