@@ -93,7 +93,7 @@ def png_info(settings: Settings) -> PngImagePlugin.PngInfo:
     """What a picture's file says of how it was drawn."""
     info = PngImagePlugin.PngInfo()
     info.add_text("parameters", parameters(settings))
-    info.add_text("mmdit", written(settings))
+    info.add_text("mmdit", as_json(settings))
     return info
 
 
@@ -103,7 +103,7 @@ def exif_info(settings: Settings, most: int) -> bytes:
     most: bytes that the file has room for; what does not fit is left out, the note first.
     """
     comment = b"UNICODE\0" + parameters(settings).encode("utf-16-be", "replace")
-    note = MAKER + written(settings).encode(errors="replace")
+    note = MAKER + as_json(settings).encode(errors="replace")
     for own in ({COMMENT: comment, NOTE: note}, {COMMENT: comment}):
         exif = Image.Exif()
         exif.get_ifd(EXIF).update(own)
@@ -112,7 +112,7 @@ def exif_info(settings: Settings, most: int) -> bytes:
     return b""
 
 
-def written(settings: Settings) -> str:
+def as_json(settings: Settings) -> str:
     """All settings, as JSON."""
     return json.dumps(asdict(settings), ensure_ascii=False)
 

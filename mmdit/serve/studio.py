@@ -263,7 +263,7 @@ class Studio:
             with self._changed:
                 if len(tickets) > 1:
                     for place in self._drawing:
-                        place.ticket.alone, place.steps = True, 0
+                        place.ticket.alone, place.steps, place.together = True, 0, 0
                     self._waiting.extendleft(place for place in reversed(self._drawing) if not place.dropped)
             for ticket in tickets if len(tickets) == 1 else ():
                 self.end(ticket, error)
