@@ -4,6 +4,7 @@ import json
 import struct
 import zlib
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from toys import toy_folder
 
 from mmdit.common.errors import SettingsError
 from mmdit.driver.likeness import filled
+from mmdit.driver.output import exif_info, png_info
 from mmdit.driver.pipeline import Pipeline
-from mmdit.driver.repeat import settings_of_picture
+from mmdit.driver.repeat import settings_of_picture, texts_in
 from mmdit.driver.settings import Settings
 from mmdit.run import main, settings_of
 
@@ -208,6 +210,21 @@ def test_exif_comments(tmp_path: Path, encoding: str, format: str) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "x", format=format, exif=exif)
     found, _ = settings_of_picture(tmp_path / "x")
     assert found == {**READ, "prompt": READ["prompt"] + " 馬"}
+
+
+@pytest.mark.parametrize(("format", "most"), [("JPEG", 65_533), ("WEBP", 10**7)])
+def test_own_settings_in_other_formats(tmp_path: Path, format: str, most: int) -> None:
+    """All of them, as in a PNG; of what does not fit the note goes first, then the comment."""
+    image, own = Image.new("RGB", (16, 16)), Settings("a 馬", negative="b", seed=3, slg=2.5, also=("a", "b"))
+    image.save(tmp_path / "x.png", pnginfo=png_info(own))
+    image.save(tmp_path / "x", format=format, exif=exif_info(own, most))
+    assert settings_of_picture(tmp_path / "x") == settings_of_picture(tmp_path / "x.png")
+    for length, names in ((10_000, {"comment", "mmdit"}), (14_000, {"comment"}), (40_000, set())):
+        exif = exif_info(replace(own, prompt="馬" * length), most)
+        image.save(tmp_path / "x", format=format, exif=exif)
+        with (tmp_path / "x").open("rb") as file:
+            assert texts_in(file, "x").keys() == (names if format == "JPEG" else {"comment", "mmdit"})
+        assert len(exif) <= most
 
 
 @pytest.mark.parametrize(("sampler", "schedule", "expected"), [

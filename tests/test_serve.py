@@ -61,6 +61,10 @@ def test_formats(served: Served, form: Any, kind: str) -> None:
     )
     head, _, body = (answer.data or [])[0].url.partition(",")  # type: ignore[union-attr]
     assert head == f"data:image/{form};base64" and opened(body).format == kind
+    told = served.post("/sdapi/v1/png-info", {"image": body}).json()
+    assert told["parameters"]["seed"] == 7 and set(told["items"]) == {"comment", "mmdit"}
+    long = {"prompt": "a", "negative": "🐴" * 32_000, "cfg": 1, "steps": 1, "size": SIZE, "output_format": form}
+    assert served.post("/v1/images/generations", long).status_code == 200
 
 
 def test_edits_paint_where_the_mask_is_clear(served: Served) -> None:
@@ -169,6 +173,21 @@ def test_requests_of_one_kind_are_drawn_together(served: Served) -> None:
             seen = drawn((future.result().data or [])[0].b64_json)
             assert np.abs(seen.astype(int) - pixels("a fox", seed=more["seed"], steps=more["steps"])).max() <= 1
     assert served.metric("mmdit_batch_pictures_count") == before + 2
+
+
+def test_the_log_says_how_many_were_drawn_together(served: Served) -> None:
+    """At most, in the line that has the id of the answer."""
+    asks = [{"prompt": "a bear", "seed": 1, "steps": 4, "n": n, "size": SIZE} for n in (1, 3)]
+    with gated(served.studio) as gate, ThreadPoolExecutor(2) as pool:
+        first = pool.submit(served.post, "/v1/images/generations", {**asks[0], "steps": 3})
+        gate.reached.wait(30)
+        second = pool.submit(served.post, "/v1/images/generations", asks[1])
+        wait(lambda: served.metric("mmdit_queue_pictures") == 3)
+        gate.open()
+        ids = [future.result().headers["x-request-id"] for future in (first, second)]
+    wait(lambda: {line["id"] for line in served.log} > {*ids})
+    assert [line["together"] for one in ids for line in served.log if line["id"] == one] == [1, 3]
+    assert len({line["id"] for line in served.log}) == len(served.log)
 
 
 def test_whoever_leaves_frees_the_place_at_the_next_step(served: Served) -> None:

@@ -1,5 +1,7 @@
 """How the server begins and ends: loading, SIGTERM, command lines that cannot be."""
 
+import json
+import logging
 import os
 import signal
 import subprocess
@@ -14,6 +16,7 @@ from served import SMALL, Served, gated, pipeline, wait
 
 from mmdit.serve import app
 from mmdit.serve.__main__ import main
+from mmdit.serve.logs import in_json
 from mmdit.serve.options import ServeOptions
 
 ASKED = {"prompt": "a horse", "seed": 1, **SMALL}
@@ -69,6 +72,26 @@ def test_while_it_is_loaded_and_when_it_stops(monkeypatch: pytest.MonkeyPatch) -
         thread.join(30)
         signal.signal(signal.SIGTERM, before)
     assert failures == []
+
+
+def test_what_is_loaded_keeps_texts_and_shows_none(recwarn: pytest.WarningsRecorder) -> None:
+    """No line of standard error has the end of a prompt that is cut off."""
+    pipe = app.loaded(ServeOptions(device="cpu", dtype="fp32", memory="2GB"))
+    assert pipe.remembered is not None and pipe.remembered.most == 100_000_000
+    for _ in range(2):
+        pipe("a horse " * 60, **{**SMALL, "steps": 1})
+    assert len(recwarn) == 0 and pipe.remembered.hits == pipe.remembered.misses == 2
+
+
+def test_what_libraries_log_is_json_too() -> None:
+    lines: list[str] = []
+    with in_json(lines.append):
+        try:
+            raise ValueError("a mistake")
+        except ValueError:
+            logging.getLogger("uvicorn.error").exception("in an\napplication")
+    (line,) = map(json.loads, lines)
+    assert line["message"] == "in an application: ValueError('a mistake')" and line["level"] == "error"
 
 
 @pytest.mark.parametrize(

@@ -226,12 +226,20 @@ def test_keys_let_in(tmp_path: Path) -> None:
         assert served.get("/health").status_code == served.get("/ready").status_code == 200
         assert served.get("/metrics").status_code == 401
         assert served.get("/sdapi/v1/samplers", auth=("anybody", KEYS[1])).status_code == 200
+        turns, submit = list[str](), served.studio.submit
+        served.studio.submit = lambda *given: (turns.append(given[-1]), submit(*given))[1]  # type: ignore[method-assign]
         drawn = served.client(api_key=KEYS[0]).images.generate(prompt="a", extra_body=SMALL)
-        assert len(drawn.data or []) == 1
+        assert len(drawn.data or []) == 1 and turns == ["alice"]
         with pytest.raises(openai.RateLimitError, match="1 at most"):
             served.client(api_key=KEYS[1]).images.generate(prompt="a", n=2, extra_body=SMALL)
     assert {line.get("client") for line in served.log} == {None, "alice", "bob"}
     assert not any(key in line for line in served.lines for key in KEYS)
+
+
+def test_without_keys_addresses_have_their_turns(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns, submit = list[str](), served.studio.submit
+    monkeypatch.setattr(served.studio, "submit", lambda *given: (turns.append(given[-1]), submit(*given))[1])
+    assert served.post(DRAW, {**ASKED, "steps": 1}).status_code == 200 and turns == ["127.0.0.1"]
 
 
 def test_every_key_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

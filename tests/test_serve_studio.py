@@ -15,6 +15,7 @@ from mmdit.driver.stages import NotFiniteError
 from mmdit.serve.events import ClosedError, DiedError, Drawn, Ended, FullError, LetGoError, Stepped
 from mmdit.serve.metrics import Metrics
 from mmdit.serve.studio import Studio
+from mmdit.serve.waiting import Turns
 
 
 class Told:
@@ -32,6 +33,7 @@ class Played:
 
     device = SimpleNamespace(type="cpu")
     plan = SimpleNamespace(peak=1000)
+    remembered = SimpleNamespace(bytes=70, hits=5, misses=2)
 
     def __init__(self) -> None:
         self.gate = Gate()
@@ -121,6 +123,41 @@ def test_waiting_pictures_of_a_kind_are_one_batch_the_oldest_first() -> None:
         assert [ear.seeds for ear in heard] == [[1], [2, 3], [4], [5, 6, 7, 8, 9], [10, 11]]
         assert pipe.batches == [[1], [2, 3, 5, 6, 7, 8, 9, 10], [4], [11]]
         assert found.metrics.value("mmdit_batch_pictures_sum") == 11
+        assert found.metrics.value("mmdit_step_pictures_sum") == 2 * 10 + 3
+        assert found.metrics.value("mmdit_step_pictures_count") == 2 * 3 + 3
+
+
+def test_clients_have_their_turns() -> None:
+    """A picture each; who comes anew is last; another kind has its turn too, before what is older of who was served."""
+    with studio() as (found, pipe):
+        heard = [Heard() for _ in range(6)]
+        found.submit(asked(1), heard[0].append, client="a")
+        wait(lambda: pipe.batches)
+        found.submit(asked(*range(11, 21)), heard[1].append, client="a")
+        found.submit(asked(21, 22), heard[2].append, client="b")
+        found.submit(asked(31, 32, steps=3), heard[3].append, client="c")
+        found.submit(asked(41), heard[4].append, client="d")
+        found.submit(asked(51, steps=3), heard[5].append, client="a")
+        pipe.gate.open()
+        assert [ear.error for ear in heard] == [None] * 6
+        assert pipe.batches == [[1], [11, 21, 41, 12, 22, 13, 14, 15], [31, 51, 32], [16, 17, 18, 19, 20]]
+
+
+def test_a_client_among_many_waits_for_one_of_each() -> None:
+    """Whoever has been served goes behind those who have not been yet, and newcomers behind both."""
+    turns = Turns()
+
+    def places(clients: str) -> list[Any]:
+        return [SimpleNamespace(ticket=SimpleNamespace(client=client)) for client in clients]
+
+    def names(some: list[Any]) -> str:
+        return "".join(place.ticket.client for place in some)
+
+    assert names(turns.take(places("aaaabbc"), 4)) == "abca"
+    assert names(turns.take(places("xyabb"), 4)) == "baxy"
+    turns.forget(places("xb"))
+    assert names(turns.take(places("abxb"), 9)) == "bxab"
+    assert turns.first(places("bbba")).ticket.client == "a"
 
 
 def test_steps_are_told_with_a_look_at_the_picture() -> None:
@@ -313,6 +350,29 @@ def test_a_request_joins_those_that_are_drawn() -> None:
         (drawn,) = [event for event in heard[name] if isinstance(event, Drawn)]
         alone = np.asarray(pipe.run(s).images[0]).astype(int)
         assert np.abs(np.asarray(drawn.image).astype(int) - alone).mean() <= 1.0
+
+
+def test_what_is_so_now_is_in_the_metrics() -> None:
+    """Pictures that wait and are drawn, what they waited, steps, memory, what the cache of texts spared."""
+    with studio() as (found, pipe):
+        heard = Heard()
+        found.submit(asked(1, 2), heard.append)
+        pipe.gate.reached.wait(30)
+        found.submit(asked(3, steps=1), Heard().append)
+        told = {(name, *(value for _, value in labels)): number for (name, labels), number in found.gauges().items()}
+        assert told["mmdit_running_pictures",] == 2 and told["mmdit_queue_pictures",] == 1 and told["mmdit_ready",] == 1
+        assert told["mmdit_memory_bytes", "predicted"] == 1000 and told["mmdit_memory_bytes", "held"] > 10**7
+        assert told["mmdit_memory_bytes", "texts"] == 70
+        assert told["mmdit_texts_total", "cache"] == 5 and told["mmdit_texts_total", "encoders"] == 2
+        pipe.gate.open()
+        assert heard.error is None
+        wait(lambda: not found.busy)
+        names = ("queue_seconds", "step_seconds", "stage_seconds", "batch_pictures", "step_pictures")
+        labels = {"stage_seconds": {"stage": "denoise"}}
+        assert [found.metrics.value(f"mmdit_{n}_count", **labels.get(n, {})) for n in names] == [3, 5, 2, 2, 3]
+        assert found.metrics.value("mmdit_pictures_total") == 3
+        text = found.metrics.text(found.gauges())
+        assert 'mmdit_texts_total{by="cache"} 5' in text and 'mmdit_memory_bytes{what="predicted"} 1000' in text
 
 
 def test_metrics_are_texts_of_prometheus() -> None:

@@ -30,6 +30,9 @@ from mmdit.driver.pictures import result_size
 from mmdit.driver.settings import Settings, identity
 from samplers.options import SAMPLERS, SPACINGS
 
+EXIF, COMMENT, NOTE = 0x8769, 0x9286, 0x927C  # tags of EXIF 2.32, section 4.6: UserComment, MakerNote
+MAKER = b"mmdit\0"  # begins the note
+
 _END = b"\0\0\0\0IEND\xaeB`\x82"  # of every PNG file
 _BEHIND = 16  # pictures that may wait to be written
 _TRIES, _PAUSE = 20, 0.1  # for a file that is still empty, where the file system knows no links; seconds
@@ -90,8 +93,28 @@ def png_info(settings: Settings) -> PngImagePlugin.PngInfo:
     """What a picture's file says of how it was drawn."""
     info = PngImagePlugin.PngInfo()
     info.add_text("parameters", parameters(settings))
-    info.add_text("mmdit", json.dumps(asdict(settings), ensure_ascii=False))
+    info.add_text("mmdit", as_json(settings))
     return info
+
+
+def exif_info(settings: Settings, most: int) -> bytes:
+    """The same for a JPEG or WebP, as EXIF: `parameters` as its comment, all settings as JSON in its maker's note.
+
+    most: bytes that the file has room for; what does not fit is left out, the note first.
+    """
+    comment = b"UNICODE\0" + parameters(settings).encode("utf-16-be", "replace")
+    note = MAKER + as_json(settings).encode(errors="replace")
+    for own in ({COMMENT: comment, NOTE: note}, {COMMENT: comment}):
+        exif = Image.Exif()
+        exif.get_ifd(EXIF).update(own)
+        if len(data := exif.tobytes()) <= most:
+            return data
+    return b""
+
+
+def as_json(settings: Settings) -> str:
+    """All settings, as JSON."""
+    return json.dumps(asdict(settings), ensure_ascii=False)
 
 
 def save_dump(write: Callable[[Path], object], path: Path) -> None:

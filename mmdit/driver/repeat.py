@@ -1,7 +1,7 @@
 """What a picture's file says of how it was drawn, as settings of this program.
 
-Its own pictures say all (the chunk `mmdit`). AUTOMATIC1111's web UI and its relatives, and ComfyUI, say what they say;
-of that comes what exists here. Only the head of a file is read, never a pixel.
+Its own pictures say all (the chunk `mmdit`, or in JPEG and WebP the maker's note). AUTOMATIC1111's web UI and its
+relatives, and ComfyUI, say what they say; of that comes what exists here. Only a file's head is read, never a pixel.
 """
 
 import struct
@@ -20,11 +20,11 @@ from mmdit.driver.comfyui import read_graph, read_workflow
 from mmdit.driver.foreign import Reading
 from mmdit.driver.likeness import filled
 from mmdit.driver.options import OF_THE_COMMAND
+from mmdit.driver.output import COMMENT, EXIF, MAKER, NOTE
 from mmdit.driver.settings import Settings
 from mmdit.driver.webui import read_parameters
 
 _PIXELS = 2**27  # of a picture that this program draws there are fewer, in any model
-_USER_COMMENT, _EXIF = 0x9286, 0x8769  # of EXIF 2.32, section 4.6
 _TEXT = {b"UNICODE\0": "utf-16", b"ASCII\0\0\0": "utf-8", b"\0" * 8: "utf-8"}
 
 
@@ -39,7 +39,7 @@ def settings_of_picture(path: str | Path) -> tuple[dict[str, Any], list[str]]:
     """The settings that a picture was drawn by, and in words what of them does not exist here.
 
     Of this program's own pictures all that concern the picture, among them `weights`, and none of where it went. From
-    a PNG's texts, else from the EXIF comment of any format. Raises SettingsError for a file that is no picture, says
+    a PNG's texts, else from the EXIF of any format. Raises SettingsError for a file that is no picture, says
     nothing of the kind, has values that cannot be, or claims to be larger than any picture drawn.
     """
     where = user_path("from_png", str(path))
@@ -86,14 +86,18 @@ def texts_in(file: Path | BinaryIO, path: str) -> dict[str, str]:
                         f"{path}: claims {image.width}x{image.height} pixels: no picture drawn has so many"
                     )
                 texts = {str(name): text for name, text in image.info.items() if isinstance(text, str)}
-                comment = image.getexif().get_ifd(_EXIF).get(_USER_COMMENT) if "exif" in image.info else None
+                exif = image.getexif().get_ifd(EXIF) if "exif" in image.info else {}
     except SettingsError:
         raise
     except Image.DecompressionBombError:
         raise SettingsError(f"{path}: claims more pixels than any picture drawn has") from None
     except (OSError, ValueError, LookupError, TypeError, SyntaxError, OverflowError, struct.error) as error:
         raise SettingsError(f"{path}: no PNG, JPEG or WebP that can be read: {error}") from None
-    return {**({"comment": _comment(comment)} if isinstance(comment, bytes) else {}), **texts}
+    comment, note = exif.get(COMMENT), exif.get(NOTE)
+    found = {"comment": _comment(comment)} if isinstance(comment, bytes) else {}
+    if isinstance(note, bytes) and note.startswith(MAKER):
+        found["mmdit"] = note[len(MAKER) :].decode(errors="replace")
+    return {**found, **texts}
 
 
 def _comment(value: bytes) -> str:

@@ -21,6 +21,7 @@ from mmdit.driver import sampling
 from mmdit.driver.focusing import steep
 from mmdit.driver.loading import Parts, part_dtype
 from mmdit.driver.reading import context_length, in_chunks, lengths_of
+from mmdit.driver.remembered import Remembered
 from mmdit.driver.settings import LOADED, Settings
 from mmdit.kernels.process import Switch
 from mmdit.maps import Seen
@@ -79,6 +80,7 @@ class Stages:
         self._attention = "auto"  # that of the transformer as it was built
         self._inside, self._let_go = 0, False
         self.tiny = parts.tiny() if parts.tiny else None
+        self.remembered: Remembered | None = None  # texts from run to run
         self._staged = 0  # stages of drawings that are on their way
 
     # ---- settings --------------------------------------------------------------------------------

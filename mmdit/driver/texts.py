@@ -2,20 +2,24 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
+
+from torch import nn
+from torch.nn.modules import module as everywhere
 
 from mmdit.driver.reading import Text, context_length, in_chunks, texts_of
+from mmdit.driver.remembered import Texts
 from mmdit.driver.settings import Settings
 from mmdit.driver.stages import Stages
 from mmdit.memory.budget import DeviceMemoryError
-from text_encoders import Conditioning, Prompt
+from mmdit.memory.residency import Role, of_role
+from text_encoders import Conditioning, Prompt, TextEncoder
 
 __all__ = ["Text", "Texts", "encode", "parts", "texts_of"]
 
 _AT_A_TIME = 64  # more are no faster
 _KEPT = 0.1  # of the budget, for texts that are encoded and wait
 _KEPT_AT_MOST = 1e9  # bytes
-
-Texts = dict[Text, Conditioning]  # each a batch of 1, on the CPU
 
 
 def size(stages: Stages, text: Text) -> int:
@@ -25,7 +29,11 @@ def size(stages: Stages, text: Text) -> int:
 
 
 def parts(stages: Stages, pictures: Sequence[Settings]) -> Iterator[tuple[list[int], int]]:
-    """The list in parts whose texts, encoded, are few enough to keep, each with the bytes of these texts."""
+    """The list in parts whose texts, encoded, are few enough to keep, each with the bytes of these texts.
+
+    What is remembered of other runs is added to them.
+    """
+    remembered = 0 if stages.remembered is None else stages.remembered.most
     part: list[int] = []
     texts: dict[Text, int] = {}
     budgets = {memory: stages.budget(memory) for memory in sorted({s.memory for s in pictures})}
@@ -34,18 +42,38 @@ def parts(stages: Stages, pictures: Sequence[Settings]) -> Iterator[tuple[list[i
         most = min(_KEPT * budgets[s.memory], _KEPT_AT_MOST)
         new = {text: size(stages, text) for text in texts_of(s).values() if text not in texts}
         if part and taken + sum(new.values()) > most:
-            yield part, taken
+            yield part, taken + remembered
             part, texts, taken = [], {}, 0
             new = {text: size(stages, text) for text in texts_of(s).values()}
         part.append(i)
         texts |= new
         taken += sum(new.values())
     if part:
-        yield part, taken
+        yield part, taken + remembered
 
 
 def encode(stages: Stages, pictures: Sequence[Settings], waiting: int, seconds: dict[str, float]) -> Texts:
-    """All texts of these pictures. waiting: the bytes that they take. seconds: the time is added to."""
+    """All texts of these pictures. waiting: the bytes that they take. seconds: the time is added to.
+
+    Where the stages remember texts, those of a picture are encoded as they are where it is drawn alone.
+    """
+    remembered = stages.remembered
+    if remembered is None:
+        return _encode(stages, pictures, waiting, seconds)
+    alike: dict[tuple[Text, ...], list[Settings]] = {}
+    for s in pictures:
+        alike.setdefault(tuple(dict.fromkeys(texts_of(s).values())), []).append(s)
+    every, state = Texts(), state_of(stages)
+    for texts, some in alike.items():
+        found = remembered.find(texts, state)
+        if found is None:
+            found = _encode(stages, some, waiting, seconds)
+            remembered.keep(texts, found)
+        every |= found
+    return every
+
+
+def _encode(stages: Stages, pictures: Sequence[Settings], waiting: int, seconds: dict[str, float]) -> Texts:
     lengths: dict[tuple[int, int], list[Text]] = {}
     for text in dict.fromkeys(text for s in pictures for text in texts_of(s).values()):
         lengths.setdefault((text.t5_length, text.chunks), []).append(text)
@@ -82,3 +110,28 @@ def encode(stages: Stages, pictures: Sequence[Settings], waiting: int, seconds: 
             raise
     sizes = iter((fewer, fewer))
     return stages.stage("encode", job, seconds, work)
+
+
+def state_of(stages: Stages) -> object | None:
+    """What an encoding depends on beside its texts, as `Remembered` compares it."""
+    text, networks = stages.text, stages.parts.networks
+    own = [networks[name] for name in of_role(Role.ENCODES_TEXT, networks)]
+    modules = [module for network in own for module in network.module.modules()]
+    if type(text) is not TextEncoder or any(network.editable for network in own):
+        return None
+    if "encode" in vars(stages) or "encode" in vars(text) or any(map(_touched, modules)) or _hooks(everywhere):
+        return None
+    return stages.actual["weights"], stages.actual["lora"], text, modules
+
+
+def _touched(module: nn.Module) -> bool:
+    """Whether somebody else's hooks look at its calls, or its forward was replaced."""
+    return "forward" in vars(module) or bool(_hooks(module))
+
+
+def _hooks(of: Any) -> list[Any]:
+    """Hooks of a module, or of all modules, that are not this engine's, which only bring weights."""
+    names = ("_forward_hooks", "_forward_pre_hooks")
+    lists = [getattr(of, name, None) or getattr(of, f"_global{name}", {}) for name in names]
+    every = [hook for some in lists for hook in some.values()]
+    return [hook for hook in every if not getattr(hook, "__module__", "").startswith("mmdit.memory.")]

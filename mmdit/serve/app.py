@@ -12,12 +12,14 @@ from starlette.routing import Route, Router
 from mmdit.common.command import give, say
 from mmdit.common.errors import SettingsError
 from mmdit.driver.pipeline import USER_ERRORS, Pipeline
+from mmdit.driver.remembered import Remembered
 from mmdit.run import settle
 from mmdit.serve import browser
 from mmdit.serve.asking import Front
 from mmdit.serve.automatic import Automatic
 from mmdit.serve.guard import Guard
 from mmdit.serve.keys import Keys
+from mmdit.serve.logs import discreet, in_json
 from mmdit.serve.metrics import Metrics
 from mmdit.serve.openai import OpenAI
 from mmdit.serve.options import ServeOptions
@@ -25,6 +27,8 @@ from mmdit.serve.studio import Studio
 
 _CLOSING = 5  # seconds that answers have to be sent, at the end
 _TICK = 0.05
+_TEXTS = 256e6  # bytes of texts that are encoded and kept
+_SHARE = 0.05  # of the budget, for them at most
 _BACKLOG = 2048  # connections that wait to be taken
 
 
@@ -116,6 +120,8 @@ class Server(uvicorn.Server):
 
 def loaded(options: ServeOptions) -> Pipeline:
     pipeline = Pipeline.from_settings(options.settings)
+    pipeline.remembered = Remembered(min(_TEXTS, _SHARE * pipeline.budget(options.memory)))
+    discreet(pipeline)
     settle()
     return pipeline
 
@@ -144,7 +150,7 @@ def address_of(listener: socket.socket) -> str:
 def serve(options: ServeOptions) -> None:
     """Be the server until a signal ends it; SettingsError where it cannot begin."""
     server = Server(options)
-    with listening(options) as listener:
+    with listening(options) as listener, in_json(say):
         give(address_of(listener))
         server.run([listener])
     failed = server.studio.failed

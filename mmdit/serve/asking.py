@@ -222,7 +222,9 @@ class Asked:
         self.log["pictures"] = len(pictures)
         self._loop, self._events = asyncio.get_running_loop(), asyncio.Queue[Any]()
         self._until = self._loop.time() + front.options.timeout
-        self.ticket = front.studio.submit(pictures, self._told, client.name, client.most)
+        address = request.client.host if request.client else ""
+        whose = address if client is ANYONE else client.name  # who takes turns with others
+        self.ticket = front.studio.submit(pictures, self._told, client.name, client.most, whose)
         self._leaving: asyncio.Task[None] | None = None
 
     def _told(self, event: Event) -> None:
@@ -242,6 +244,7 @@ class Asked:
         if self._leaving is not None:
             self._leaving.cancel()
         self.ticket.cancel("left")
+        self.log["together"] = max(place.together for place in self.ticket.places)
 
     async def _left(self) -> None:
         """Wait for the client to leave. Not for streams: there Starlette does."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import secrets
 import time
 import traceback
 from collections.abc import Callable
@@ -50,7 +51,7 @@ class Guard:
         start, status = time.perf_counter(), GONE
         headers, path = Headers(scope=scope), scope["path"]
         log: dict[str, Any] = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "method": scope["method"]}
-        log["bytes"] = 0
+        log |= {"id": secrets.token_hex(8), "bytes": 0}
         scope["log"], scope["app"] = log, self  # with an application routes raise what they answer otherwise
         allowed = headers.get("origin") is not None and headers["origin"] == self._options.origin
 
@@ -59,7 +60,7 @@ class Guard:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 more = MutableHeaders(scope=message)
-                more["x-content-type-options"] = "nosniff"
+                more["x-content-type-options"], more["x-request-id"] = "nosniff", log["id"]
                 if allowed:
                     more["access-control-allow-origin"], more["vary"] = headers["origin"], "origin"
             await send(message)

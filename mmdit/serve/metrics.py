@@ -10,14 +10,16 @@ _TOLD = {
     "mmdit_cancelled_total": ("counter", "pictures let go, by reason"),
     "mmdit_failed_total": ("counter", "pictures that failed"),
     "mmdit_worker_deaths_total": ("counter", "times that the thread that draws was begun anew"),
+    "mmdit_texts_total": ("counter", "texts that pictures needed, by who had them: the cache, or the encoders"),
     "mmdit_queue_pictures": ("gauge", "pictures that wait"),
     "mmdit_running_pictures": ("gauge", "pictures that are being drawn"),
     "mmdit_ready": ("gauge", "1 where requests are taken"),
-    "mmdit_memory_bytes": ("gauge", "memory of the device, as predicted by the plan and as held"),
+    "mmdit_memory_bytes": ("gauge", "memory of the device, predicted by the plan and held; texts kept on the host"),
     "mmdit_queue_seconds": ("summary", "seconds that pictures waited"),
     "mmdit_step_seconds": ("summary", "seconds of a step of one picture"),
     "mmdit_stage_seconds": ("summary", "seconds of each stage of a batch"),
-    "mmdit_batch_pictures": ("summary", "pictures drawn together"),
+    "mmdit_step_pictures": ("summary", "pictures that took a step together"),
+    "mmdit_batch_pictures": ("summary", "pictures of one drawing, with those that joined"),
     "mmdit_request_seconds": ("summary", "seconds from a request to its answer, by route"),
 }
 

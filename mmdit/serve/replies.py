@@ -12,7 +12,7 @@ from PIL import Image
 from mmdit.common.errors import SettingsError, one_line
 from mmdit.common.options import Mark
 from mmdit.common.paths import split_scale
-from mmdit.driver.output import parameters, png_info
+from mmdit.driver.output import exif_info, png_info
 from mmdit.driver.settings import Settings
 from mmdit.driver.stages import NotFiniteError
 from mmdit.memory.budget import DeviceMemoryError
@@ -20,7 +20,7 @@ from mmdit.serve.events import ClosedError, DiedError, FullError, LetGoError
 from text_encoders import TokenizerError
 
 FORMATS = ("png", "jpeg", "webp")
-_EXIF, _COMMENT = 0x8769, 0x9286  # of EXIF 2.32, section 4.6
+_MOST_EXIF = {"jpeg": 65_533, "webp": 10**7}  # bytes; a JPEG's segment has no more (ITU T.81, B.1.1.4)
 GONE = 499  # for the log: the client left before there was an answer
 
 
@@ -85,10 +85,7 @@ def file_of(image: Image.Image, settings: Settings | None, form: str = "png", qu
     else:
         more = {"quality": quality} if form == "jpeg" or quality < 100 else {"lossless": True}
         if told is not None:
-            exif = Image.Exif()
-            comments: dict[int, Any] = exif.get_ifd(_EXIF)
-            comments[_COMMENT] = b"UNICODE\0" + parameters(told).encode("utf-16-be", "replace")
-            more["exif"] = exif.tobytes()
+            more["exif"] = exif_info(told, _MOST_EXIF[form])
     image.save(data, format=form.upper(), **more)
     return data.getvalue()
 

@@ -1,7 +1,7 @@
 """One thread owns the pipeline and draws what requests ask for; a bounded queue before it.
 
 `submit` takes pictures and gives a `Ticket`; what becomes of them is told as events, the last of which is `Ended`.
-Waiting pictures of one kind are drawn together. How is up to `Studio._draw` alone.
+Waiting pictures of one kind are drawn together, clients in turn. How is up to `Studio._draw` alone.
 """
 
 import math
@@ -9,20 +9,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from threading import Condition, Thread
 
 from PIL import Image
 
-from mmdit.common.options import Mark, marked
 from mmdit.driver import watch
 from mmdit.driver.loop import kind
 from mmdit.driver.pipeline import Pipeline
 from mmdit.driver.settings import Settings
-from mmdit.images.given import Given
-from mmdit.images.options import steps_of
 from mmdit.serve.events import ClosedError, DiedError, Drawn, Ended, Event, FullError, LetGoError, Stepped, Tell
 from mmdit.serve.metrics import Labels, Metrics
+from mmdit.serve.waiting import Place, Ticket, Turns
 from mmdit.serve.words import Words
 
 _TOGETHER = 8  # pictures that are on their way at a time
@@ -34,51 +31,6 @@ _UNKNOWN_WAIT = 5  # seconds, where no step was taken yet
 _FADES = 0.98  # what counts of the pace before, at each step
 
 
-# ---- what is asked for -----------------------------------------------------------------------------
-
-
-class Place:
-    """One picture of a ticket."""
-
-    def __init__(self, ticket: "Ticket", index: int, settings: Settings) -> None:
-        self.ticket, self.index, self.settings = ticket, index, settings
-        self.since, self.steps, self.dropped = time.monotonic(), 0, False
-        self.all_steps = steps_of(settings)
-        if settings.upscale is not None:
-            self.all_steps += steps_of(replace(settings, init="first pass", strength=settings.upscale_strength))
-
-    @property
-    def work(self) -> float:
-        """What is left, in steps times pixels."""
-        return self.each * (self.all_steps - self.steps)
-
-    @property
-    def each(self) -> float:
-        """What a step takes."""
-        s = self.settings
-        return float((s.width or 0) * (s.height or 0) * (1 if s.cfg == 1 else 2))
-
-
-class Ticket:
-    """Pictures that were asked for together."""
-
-    def __init__(self, studio: "Studio", pictures: Sequence[Settings], tell: Tell, owner: str) -> None:
-        self._studio, self.tell, self.owner = studio, tell, owner
-        self.places = [Place(self, i, s) for i, s in enumerate(pictures)]
-        self.sent = sum(image.width * image.height for image in sent_with(pictures))
-        self.left = len(self.places)  # neither drawn nor dropped
-        self.ended = False
-        self.alone = False  # it was in a batch that failed
-
-    def cancel(self, why: str = "cancelled") -> None:
-        """Let all of it go that is not drawn; its places are free at the next step. From any thread."""
-        self._studio.end(self, LetGoError(why))
-
-    def skip(self) -> None:
-        """Let those pictures go that are being drawn now."""
-        self._studio.skip(self)
-
-
 class Studio:
     """Draws, in a thread of its own."""
 
@@ -88,7 +40,7 @@ class Studio:
         self.failed: Exception | None = None  # why it could not be loaded
         self._load, self._pipeline = load, None
         self._changed = Condition()
-        self._waiting, self._drawing = deque[Place](), list[Place]()
+        self._waiting, self._drawing, self._turns = deque[Place](), list[Place](), Turns()
         self._stopping = self._finished = False
         self._seconds = self._work = 0.0  # of steps, fading
         self._last = 0.0  # when the last step was done
@@ -116,22 +68,30 @@ class Studio:
             raise ClosedError("the model is being loaded")
         return self._pipeline
 
-    def submit(self, pictures: Sequence[Settings], tell: Tell, owner: str = "", most: int | None = None) -> Ticket:
+    def submit(
+        self,
+        pictures: Sequence[Settings],
+        tell: Tell,
+        owner: str = "",
+        most: int | None = None,
+        client: str | None = None,
+    ) -> Ticket:
         """Have these drawn, each of which has count 1 and was checked by the pipeline.
 
         tell: called with what happens, mostly in the thread that draws, which waits for it. owner, most: who asks, and
-        how many pictures of theirs may be unfinished. Raises FullError or ClosedError.
+        how many pictures of theirs may be unfinished. client: who takes turns with others, if not the owner. Raises
+        FullError or ClosedError.
         """
         with self._changed:
             _ = self.pipeline
-            every = [*self._drawing, *self._waiting]
+            every = [*self._begun, *self._waiting]
             own = [place for place in every if place.ticket.owner == owner]
             for places, limit in ((every, self.most), (own, most)):
                 if limit is not None and len(places) + len(pictures) > limit:
                     seconds = self._until(places, len(places) + len(pictures) - limit)
                     whose = "" if places is every else " of this key"
                     raise FullError(f"{len(places)} pictures{whose} wait or are drawn, {limit} at most", seconds)
-            ticket = Ticket(self, pictures, tell, owner)
+            ticket = Ticket(self, pictures, tell, owner, owner if client is None else client)
             held = sum(other.sent for other in {place.ticket for place in every})
             if held and held + ticket.sent > _SENT:
                 raise FullError("the pictures that other requests sent fill the memory", self._until(every, len(every)))
@@ -155,6 +115,7 @@ class Studio:
         elif error is not None:
             self.metrics.add("mmdit_failed_total", len(gone))
         self._tell(ticket, Ended(error))
+        ticket.told = True
 
     def skip(self, ticket: Ticket) -> None:
         with self._changed:
@@ -193,16 +154,25 @@ class Studio:
         with self._changed:
             return bool(self._drawing or self._waiting)
 
+    @property
+    def _begun(self) -> list[Place]:
+        """What is drawn and not done, with what is let go at its next step."""
+        return [place for place in self._drawing if not place.drawn]
+
     def gauges(self) -> dict[tuple[str, Labels], float]:
         """What `Metrics.text` takes."""
         with self._changed:
-            counts = {"queue": len(self._waiting), "running": len(self._drawing)}
+            counts = {"queue": len(self._waiting), "running": len(self._begun)}
         found: dict[tuple[str, Labels], float] = {(f"mmdit_{name}_pictures", ()): n for name, n in counts.items()}
         found["mmdit_ready", ()] = float(self.ready)
         if self._pipeline is not None:
             found["mmdit_memory_bytes", (("what", "predicted"),)] = self._pipeline.plan.peak
             if (held := held_by(self._pipeline)) is not None:
                 found["mmdit_memory_bytes", (("what", "held"),)] = held
+            if (texts := self._pipeline.remembered) is not None:
+                found["mmdit_memory_bytes", (("what", "texts"),)] = texts.bytes
+                found["mmdit_texts_total", (("by", "cache"),)] = texts.hits
+                found["mmdit_texts_total", (("by", "encoders"),)] = texts.misses
         return found
 
     def _until(self, places: Sequence[Place], count: int) -> int:
@@ -238,26 +208,30 @@ class Studio:
             with self._changed:
                 lost, self._drawing = {place.ticket: None for place in self._drawing}, []
             for ticket in lost:
-                self.end(ticket, DiedError(f"the thread that drew it ended: {type(error).__name__}"))
+                died = DiedError(f"the thread that drew it ended: {type(error).__name__}")
+                self.end(ticket, died)
+                if not ticket.told:  # it ended on the way there
+                    self._tell(ticket, Ended(died))
             if not self._finished:
                 self.start()
 
     def _batches(self) -> Iterator[list[Place]]:
-        """The oldest picture that waits, with those of its kind; for ever."""
+        """The picture whose turn it is, with those of its kind; for ever."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._finished)
                 if self._finished:
                     return
-                first = self._waiting[0]
+                first = self._turns.first(self._waiting)
             yield self.take(first, _TOGETHER)
 
     def take(self, first: Place, most: int) -> list[Place]:
-        """So many at most of those that wait and go with this one, the oldest first: from now on they are drawn."""
+        """So many at most of those that wait and go with this one, clients in turn: from now on they are drawn."""
         with self._changed:
-            taken = [place for place in self._waiting if self._goes_with(first, place)][:most]
+            taken = self._turns.take([place for place in self._waiting if self._goes_with(first, place)], most)
+            self._drawing = [*self._drawing, *taken]  # first: where the thread dies here, they are told
             self._waiting = deque(place for place in self._waiting if place not in taken)
-            self._drawing = [*self._drawing, *taken]
+            self._turns.forget(self._waiting)
         now = time.monotonic()
         for place in taken:
             self.metrics.observe("mmdit_queue_seconds", now - place.since)
@@ -281,7 +255,6 @@ class Studio:
     def _attempt(self, batch: list[Place]) -> None:
         """Draw a batch. Where it fails, each of its requests is tried once more alone: only one may be the cause."""
         self._last = time.monotonic()
-        self.metrics.observe("mmdit_batch_pictures", len(batch))
         try:
             if batch:  # else they were let go in the meantime
                 self._draw(batch)
@@ -290,7 +263,7 @@ class Studio:
             with self._changed:
                 if len(tickets) > 1:
                     for place in self._drawing:
-                        place.ticket.alone, place.steps = True, 0
+                        place.ticket.alone, place.steps, place.together = True, 0, 0
                     self._waiting.extendleft(place for place in reversed(self._drawing) if not place.dropped)
             for ticket in tickets if len(tickets) == 1 else ():
                 self.end(ticket, error)
@@ -304,10 +277,12 @@ class Studio:
         others of the kind join between two steps. What is raised is the matter of all that are in `_drawing` then.
         """
         seconds: dict[str, float] = {}
-        pictures, words = [place.settings for place in batch], Words()
-        drawing = self.pipeline_owned.drawing(pictures, [Telling(self, batch), words], seconds, Joining(self, batch))
+        pictures, telling, words = [place.settings for place in batch], Telling(self, batch), Words()
+        drawing = self.pipeline_owned.drawing(pictures, [telling, words], seconds, Joining(self, batch))
         for i, image in drawing:
+            telling.round_ends()
             self.drawn(batch[i], Drawn(batch[i].index, drawing.settings[i], image, words.of(i)))
+        self.metrics.observe("mmdit_batch_pictures", len(batch))
         for stage, value in seconds.items():
             self.metrics.observe("mmdit_stage_seconds", value, stage=stage)
 
@@ -330,13 +305,14 @@ class Studio:
         with self._changed:
             if place.dropped:
                 return
-            place.dropped = True
+            place.dropped = place.drawn = True
             place.ticket.left -= 1
-            self._drawing = [other for other in self._drawing if other is not place]
         self.metrics.add("mmdit_pictures_total")
         self._tell(place.ticket, event)
         if not place.ticket.left:
             self.end(place.ticket)
+        with self._changed:  # at last: where the thread dies before, they are told
+            self._drawing = [other for other in self._drawing if other is not place]
 
 
 class Joining:
@@ -361,6 +337,7 @@ class Telling(watch.Watcher):
 
     def __init__(self, studio: Studio, batch: Sequence[Place]) -> None:
         self._studio, self._batch = studio, batch
+        self._round: list[Place] = []  # that took the same step
 
     def encoded(self, event: watch.Encoded) -> None:
         if self._batch[event.index].dropped:
@@ -368,21 +345,21 @@ class Telling(watch.Watcher):
 
     def step(self, event: watch.Stepped) -> None:
         place = self._batch[event.index]
+        if place in self._round:
+            self.round_ends()
+        self._round.append(place)
+        for other in self._round:
+            other.together = max(other.together, len(self._round))
         if not place.dropped:
             self._studio.stepped(place, lambda: self._studio.pipeline_owned.preview(event.denoised))
         if place.dropped:
             event.stop()
 
-
-def sent_with(pictures: Sequence[Settings]) -> list[Image.Image]:
-    """The pictures that these settings hold, each once."""
-    found: dict[str, Image.Image] = {}
-    for s in pictures:
-        for name in marked(Settings, Mark.PICTURE):
-            value = getattr(s, name)
-            every = value if isinstance(value, tuple) else (value,)
-            found |= {one.content: one.image for one in every if isinstance(one, Given)}
-    return [*found.values()]
+    def round_ends(self) -> None:
+        """What is told next is another step."""
+        if self._round:
+            self._studio.metrics.observe("mmdit_step_pictures", len(self._round))
+        self._round = []
 
 
 def held_by(pipeline: Pipeline) -> int | None:
