@@ -58,6 +58,8 @@ def draw_by_ray(
                     for path in (path for _, path in left.pop(answer["part"]).pictures if path is not None):
                         if path.exists():
                             told(path)
+        except BrokenPipeError:  # nobody reads the names of files
+            raise
         except (RayError, OSError) as failed:  # the next round goes on
             error = str(failed).strip().splitlines()[-1]
             say(f"Ray: {error}; what is left is tried again")
@@ -79,7 +81,7 @@ def join(address: str) -> None:
         if colon and port.isdecimal() and "/" not in host:  # Ray would try for minutes
             socket.create_connection((host.strip("[]"), int(port[:5])), _PATIENCE).close()
         ray.init(**QUIET, **more)
-    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OverflowError, OSError) as error:
         told = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SettingsError(f"ray: no cluster at {address}: {told}") from None
 
