@@ -90,10 +90,10 @@ def answers(run: Settings, parts: Sequence[Part], largest: Settings, claims: Cla
     """What became of each part, as soon as it is known."""
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    there = ray.cluster_resources()
-    gpus = int(there.get("GPU", 0))
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = int(sum(there.get("GPU", 0) for there in machines))
     each: dict[str, Any] = {"num_gpus": 1} if gpus else {"num_cpus": run.ray_cores}
-    fit = gpus or int(there.get("CPU", 1)) // run.ray_cores
+    fit = gpus or int(sum(there.get("CPU", 0) // run.ray_cores for there in machines))
     if not fit:
         raise SettingsError(f"ray_cores is {run.ray_cores}: no machine of the cluster has so many")
     least, most = two_numbers(run.ray_actors or "", ":") or (1, fit)
