@@ -246,12 +246,11 @@ class Claims:
         for clock in self.folder.glob("*.clock"):
             if now - clock.stat().st_mtime < self._patience:
                 return
-        if any(self.folder.glob("*.claim")):
+        if any(not self.done_path(path.name.split(".")[0]).exists() for path in self.folder.glob("*.claim")):
             return
         sweep(self.folder)
-        for path in self.folder.iterdir():
-            if path.suffix in (".done", ".clock"):
-                path.unlink(missing_ok=True)
+        for path in [path for path in self.folder.iterdir() if path.suffix in (".done", ".clock", ".claim")]:
+            path.unlink(missing_ok=True)
         with suppress(OSError):
             for folder in (self.folder, *self._made):  # where nothing was given up, and then nothing was drawn
                 folder.rmdir()

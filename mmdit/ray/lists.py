@@ -81,7 +81,7 @@ def join(address: str) -> None:
         if colon and port.isdecimal() and "/" not in host:  # Ray would try for minutes
             socket.create_connection((host.strip("[]"), int(port[:5])), _PATIENCE).close()
         ray.init(**QUIET, **more)
-    except (ValueError, RuntimeError, OverflowError, OSError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         told = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SettingsError(f"ray: no cluster at {address}: {told}") from None
 
