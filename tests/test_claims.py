@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from PIL import Image
@@ -14,13 +16,13 @@ from several import alone
 from toys import Ran, toy_folder
 
 from mmdit.driver.loop import Drawing, kind
-from mmdit.driver.output import save_image, settings_in
+from mmdit.driver.output import is_there, save_image, settings_in
 from mmdit.driver.prompts import Folders, line_of, picture_settings
 from mmdit.driver.settings import SD35_MEDIUM_DEFAULTS, Settings, identity
 from mmdit.parallel import shards
-from mmdit.parallel.claimed import Tally, draw_claimed
+from mmdit.parallel.claimed import Tally, draw_claimed, draw_part
 from mmdit.parallel.claims import Claim, Claims, State
-from mmdit.parallel.shards import parts_of, shard_of, work
+from mmdit.parallel.shards import Part, parts_of, shard_of, work
 from mmdit.run import main, run_by
 
 DEFAULTS = {"width": 64, "height": 48, "steps": 1, "cfg": 4.5, "t5_length": 20}
@@ -100,7 +102,7 @@ def test_parts_do_not_depend_on_what_is_there_or_where() -> None:
     every = wanted((64, 4, 20), (16, 1, 44), (64, 1, 100))
     there = [(replace(s, out="/b", device="cpu"), None if s.seed % 3 else path) for s, path in every]
     parts = parts_of([(replace(s, out="/a"), path) for s, path in every], "/a")
-    assert [part.name for part in parts] == [part.name for part in parts_of(there, "/b")]
+    assert [part.name for part in parts] == [part.name for part in parts_of(there, "/c/../b")]
     assert len({part.name for part in parts}) == len(parts) == 10 + 22 + 50
     assert all(len({kind(s) for s, _ in part.pictures}) == 1 and len(part.pictures) == 2 for part in parts)
     assert {part.name for part in parts_of(every, "/a")}.isdisjoint(part.name for part in parts)  # they go elsewhere
@@ -118,6 +120,16 @@ def test_names_are_those_of_the_beginning(tmp_path: Path) -> None:
         assert path is not None and save_image(Image.new("RGB", (8, 8)), s, path) == path
         again = Folders().placed(every)
         assert all(now == then or now[1] is None for now, then in zip(again, first))
+
+
+def test_names_given_while_another_writes(tmp_path: Path) -> None:
+    """What came since the folder was looked at is seen; the names stay those of the beginning."""
+    some = Settings("a horse", **SD35_MEDIUM_DEFAULTS, out=str(tmp_path))
+    one, two, three = (replace(some, cfg=float(i)) for i in range(3))
+    folders = Folders()
+    assert folders.place(one) == tmp_path / "a-horse-0.png"
+    save_image(Image.new("RGB", (8, 8)), two, tmp_path / "a-horse-0-2.png")
+    assert folders.place(two) is None and folders.place(three) == tmp_path / "a-horse-0-3.png"
 
 
 # ---- claims ----------------------------------------------------------------------------------------
@@ -144,6 +156,55 @@ def test_a_claim_has_one_owner_until_it_is_late(tmp_path: Path) -> None:
     assert first.take("x") is second.take("x") is State.DONE
     assert not list((tmp_path / ".claims").glob("*.claim"))
     assert not taken.begin(1) and not list((tmp_path / ".claims").glob("*.claim"))
+
+
+def test_a_part_is_not_done_when_it_is_lost(tmp_path: Path) -> None:
+    """An owner that slept, and draws one by one, leaves it to whoever took it over; nobody leaves before that one."""
+    pictures = [(replace(s, out=str(tmp_path)), tmp_path / f"{s.seed}.png") for s, _ in wanted((16, 1, 3))]
+    slow, other, third = (Claims(tmp_path, 10) for _ in range(3))
+    part, drawn, taken = Part("x", [*pictures]), list[int](), list[Any]()
+    slow.claim_path("x", 1).touch()
+    os.utime(slow.claim_path("x", 1), (0, 0))
+    second = slow.take("x")
+    assert isinstance(second, Claim)
+
+    def draw(some: Any) -> None:
+        drawn.append(some[0][0].seed)
+        if len(drawn) == 1:  # it sleeps while it draws
+            second.abandon()
+            taken.append(other.take("x"))
+        save_image(Image.new("RGB", (8, 8)), *some[0])
+
+    assert not draw_part(second, part, str(tmp_path), draw, Tally())
+    assert drawn == [0] and third.take("x") is State.BUSY
+    assert draw_part(taken[0], part, str(tmp_path), draw, Tally())
+    assert drawn == [0, 1, 2] and third.take("x") is State.DONE
+    assert not list((tmp_path / ".claims").glob("*.claim"))
+
+
+def test_whoever_wakes_after_the_sweep_goes_on(tmp_path: Path) -> None:
+    claims = Claims(tmp_path, 10)
+    claim = claims.take("x")
+    assert isinstance(claim, Claim)
+    shutil.rmtree(tmp_path / ".claims")
+    claim.done()
+    assert claims.take("x") is State.DONE
+    shutil.rmtree(tmp_path / ".claims")
+    assert claims.take("x") is State.BUSY and isinstance(claims.take("x"), Claim)
+
+
+def test_nothing_is_given_up_when_nobody_reads(tmp_path: Path) -> None:
+    """A closed pipe, as of `head`: the process ends, and what it had is free."""
+    pictures = [(replace(s, out=str(tmp_path)), tmp_path / f"{s.seed}.png") for s, _ in wanted((16, 1, 3))]
+    with Claims(tmp_path, 100) as claims, pytest.raises(BrokenPipeError):
+        draw_claimed([*pictures], str(tmp_path), claims, Mock(side_effect=BrokenPipeError), Tally())
+    assert not (tmp_path / ".claims").exists()
+
+
+def test_to_look_for_what_is_not_there_takes_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmdit.driver.output.time.sleep", pytest.fail)
+    for out in (tmp_path, tmp_path / "x.png"):
+        assert not is_there(Settings("x", **SD35_MEDIUM_DEFAULTS, out=str(out)), tmp_path / "x.png")
 
 
 def test_an_owner_that_wrote_nothing_is_late_as_well(tmp_path: Path) -> None:
@@ -177,8 +238,8 @@ def test_what_was_done_before_the_look_is_not_believed(tmp_path: Path) -> None:
 def test_the_last_one_sweeps(tmp_path: Path) -> None:
     with Claims(tmp_path, 1000):
         with Claims(tmp_path, 1000) as claims:
-            claims.done_path("x").touch()
-            (tmp_path / ".claims" / "dead.clock").touch()
+            for path in (claims.done_path("x"), claims.claim_path("x", 1), tmp_path / ".claims" / "dead.clock"):
+                path.touch()
             os.utime(tmp_path / ".claims" / "dead.clock", (0, 0))
         assert claims.done_path("x").exists()
     assert not (tmp_path / ".claims").exists()

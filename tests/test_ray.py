@@ -22,7 +22,7 @@ from mmdit.driver.loading import load_parts
 from mmdit.driver.prompts import Folders
 from mmdit.driver.settings import Settings
 from mmdit.parallel.claims import Claims
-from mmdit.parallel.shards import Part, parts_of
+from mmdit.parallel.shards import Part, part_name, parts_of
 from mmdit.ray import actor
 from mmdit.ray.actor import Painter, row_of
 from mmdit.ray.options import options_of
@@ -83,6 +83,25 @@ def test_what_goes_wrong_is_a_row(model: Path, tmp_path: Path) -> None:
     assert answer["state"] == "error" and "would be others on this machine" in answer["error"]
     lost = Painter(run, replace(part.pictures[0][0], model=str(tmp_path / "none")), 0.0, "/no folder")
     assert lost(row_of(part, run.out))["state"] == "error" and not [*tmp_path.glob("*.png")]
+
+
+@pytest.mark.usefixtures("patch")
+def test_an_actor_that_fails_at_everything_draws_nothing_more(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever part it gets: the others' rows are not given up by it."""
+    run, part = asked(model, tmp_path)
+    painter = Painter(run, part.pictures[0][0], 0.0, str(tmp_path))
+
+    def failing(*_: Any, **__: Any) -> None:
+        raise RuntimeError("it broke")
+
+    monkeypatch.setattr(actor, "draw", failing)
+    pictures = [replace(part.pictures[0][0], seed=seed) for seed in range(20)]
+    parts = [Part(part_name([s], run.out), [(s, tmp_path / f"a-horse-{s.seed}.png")]) for s in pictures]
+    answers = [painter(row_of(one, run.out)) for one in parts]
+    assert [answer["state"] for answer in answers] == ["done"] * 15 + ["error"] * 5
+    assert sum(len(json.loads(answer["failed"])) for answer in answers) == 16
 
 
 def test_options_of_a_deployment() -> None:

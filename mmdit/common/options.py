@@ -17,7 +17,7 @@ from dataclasses import Field, field, fields
 from enum import Enum
 from functools import cache
 from types import NoneType
-from typing import Any, TypeGuard, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, TypeGuard, get_args, get_origin, get_type_hints
 
 from mmdit.common.errors import SettingsError
 
@@ -63,6 +63,11 @@ def same(room: type, name: str) -> Any:
 
 def marked(options: Any, mark: Mark) -> tuple[str, ...]:
     """Names of the fields, of a class or of one of its values, that have this mark."""
+    return _marked(options if isinstance(options, type) else type(options), mark)
+
+
+@cache
+def _marked(options: type, mark: Mark) -> tuple[str, ...]:
     return tuple(f.name for f in fields(options) if mark in f.metadata["marks"])
 
 
@@ -75,6 +80,7 @@ def rooms(options: type) -> dict[str, list[Field]]:
     return found
 
 
+@cache
 def kind(options: type, name: str) -> type:
     """bool, int, float, str or tuple: what a field holds that is not None."""
     hint = _hints(options)[name]
@@ -82,6 +88,7 @@ def kind(options: type, name: str) -> type:
     return get_origin(plain) or plain
 
 
+@cache
 def of_each(options: type, name: str) -> type:
     """bool, int, float or str: what a field holds, or each of several values in it."""
     return get_args(_hints(options)[name])[0] if kind(options, name) is tuple else kind(options, name)
@@ -97,23 +104,44 @@ def check_options(settings: Any) -> None:
 
     A class may have a method `check_together`, for what depends on several of its fields; it is called thereafter.
     """
-    hints = _hints(type(settings))
-    for f in fields(settings):
-        value, told = getattr(settings, f.name), f.metadata
-        if value is None and NoneType in get_args(hints[f.name]) and told["usual"] is None:
+    for name, choices, check, of, several, may_lack in _checks(type(settings)):
+        value = getattr(settings, name)
+        if value is None and may_lack:
             continue
-        if told["choices"]:
-            if value not in told["choices"]:
-                raise wrong(f.name, value, f"one of {', '.join(told['choices'])}")
+        if choices:
+            if value not in choices:
+                raise wrong(name, value, f"one of {', '.join(choices)}")
             continue
-        of = of_each(type(settings), f.name)
-        for one in value if isinstance(value, tuple) and kind(type(settings), f.name) is tuple else (value,):
-            _TYPES[of](f.name, one)
-            if told["check"]:
-                told["check"](f.name, one)
+        for one in value if several and isinstance(value, tuple) else (value,):
+            _TYPES[of](name, one)
+            if check:
+                check(name, one)
     for room in type(settings).__mro__:
         if "check_together" in vars(room):
             vars(room)["check_together"](settings)
+
+
+class _Checked(NamedTuple):
+    """How a field's value is checked."""
+
+    name: str
+    choices: tuple[str, ...]
+    check: Check | None
+    of: type
+    several: bool
+    may_lack: bool  # None passes
+
+
+@cache
+def _checks(options: type) -> list[_Checked]:
+    """Of every field of a class: a list of many pictures asks for them at each."""
+    hints, found = _hints(options), []
+    for f in fields(options):
+        told, several = f.metadata, kind(options, f.name) is tuple
+        may_lack = NoneType in get_args(hints[f.name]) and told["usual"] is None
+        of = of_each(options, f.name)
+        found.append(_Checked(f.name, told["choices"], told["check"], of, several, may_lack))
+    return found
 
 
 def wrong(name: str, value: Any, expected: str) -> SettingsError:

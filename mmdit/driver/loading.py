@@ -60,10 +60,11 @@ class Parts(NamedTuple):
 
     def check(self, settings: Settings) -> Settings:
         """The settings with the model's defaults, dtype and files; SettingsError for what this model cannot do."""
-        settings.resolved(self.defaults)  # mistakes first: pictures have to be read
+        checked = settings.resolved(self.defaults)  # mistakes first: pictures have to be read
         modules = {name: network.module for name, network in self.networks.items()}
         config, cell = modules["transformer"].config, modules["vae"].config.downscale
-        settings = settled(settings, self.defaults, config.patch_size * cell).resolved(self.defaults)
+        seen = settled(settings, self.defaults, config.patch_size * cell)
+        settings = checked if seen is settings else seen.resolved(self.defaults)
         settings = replace(settings, dtype=self.dtype_name, weights=self.weights)
         check_there(settings, self.device, self.dtype)
         nets = {name: modules[name] for name in self.controls}

@@ -10,9 +10,9 @@ import time
 import unicodedata
 import warnings
 from collections import deque
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -36,6 +36,7 @@ MAKER = b"mmdit\0"  # begins the note
 _END = b"\0\0\0\0IEND\xaeB`\x82"  # of every PNG file
 _BEHIND = 16  # pictures that may wait to be written
 _TRIES, _PAUSE = 20, 0.1  # for a file that is still empty, where the file system knows no links; seconds
+_SHEET = ".attention.png"  # a sheet's name after its picture's
 _NAME = 120  # bytes of a name that come from the prompt
 
 
@@ -71,19 +72,20 @@ def save_image(image: Image.Image, settings: Settings, path: Path, once: bool = 
 
 
 def is_there(settings: Settings, path: Path) -> bool:
-    """Whether a picture is in its file or, in a folder, under the next of its names that was free: on the disk, now."""
+    """Whether a picture is in its file or, in a folder, under another of its names: on the disk, now."""
     if is_file(settings.out):
         return _shows(path, settings)
-    tried = itertools.takewhile(os.path.lexists, itertools.chain([path], names(settings)))
-    return any(_shows(name, settings) for name in tried)
+    return any(_shows(name, settings) for name in (path, *itertools.takewhile(os.path.lexists, names(settings))))
 
 
 def _shows(path: Path, settings: Settings) -> bool:
     """Whether a file is this picture. One that is empty is waited for: another process may just be writing it."""
     for _ in range(_TRIES):
-        with suppress(OSError):
+        try:
             if path.stat().st_size:
                 break
+        except OSError:
+            return False
         time.sleep(_PAUSE)
     found = settings_in(path)
     return found is not None and identity(found) == identity(settings)
@@ -204,12 +206,12 @@ def is_file(out: str) -> bool:
     return out.lower().endswith(".png")
 
 
-def picture_path(settings: Settings, index: int = 0, count: int = 1, taken: Container[Path] = ()) -> Path:
-    """Where picture `index` of `count` goes: `out`, or in it the first free name, which is none of `taken`."""
+def picture_path(settings: Settings, index: int = 0, count: int = 1) -> Path:
+    """Where picture `index` of `count` goes: `out`, or in it the first free name."""
     out = Path(settings.out).expanduser()
     if is_file(settings.out):
         return out if count == 1 else out.with_name(f"{out.stem}-{index + 1}{out.suffix}")
-    return next(path for path in names(settings) if path not in taken and not path.exists())
+    return next(path for path in names(settings) if not path.exists())
 
 
 def preview_path(path: Path) -> Path:
@@ -219,7 +221,11 @@ def preview_path(path: Path) -> Path:
 
 def sheet_path(path: Path) -> Path:
     """Where the sheet of the picture that goes to this path is."""
-    return path.with_name(f"{path.stem}.attention.png")
+    return path.with_name(f"{path.stem}{_SHEET}")
+
+
+def is_sheet(path: Path) -> bool:
+    return path.name.endswith(_SHEET)
 
 
 def check_beside(option: str, pictures: Iterable[Path], own: Iterable[Path], place: Callable[[Path], Path]) -> None:

@@ -69,7 +69,7 @@ def settled(s: Settings, defaults: Mapping[str, Any], multiple: int) -> Settings
     defaults: the model's own. multiple: pixels of a patch. Raises SettingsError.
     """
     if s.init is None:
-        return replace(s, images=None, size=None)
+        return s if s.images is s.size is None else replace(s, images=None, size=None)
     seen = check_pictures(s)
     known = {**SD35_MEDIUM_DEFAULTS, **defaults}
     s = replace(s, strength=full_strength(s), images="-".join(one.content for one in seen))

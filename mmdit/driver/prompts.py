@@ -13,7 +13,7 @@ from mmdit.common.errors import SettingsError
 from mmdit.common.jsons import parse_json
 from mmdit.common.options import Mark, marked
 from mmdit.common.paths import user_path
-from mmdit.driver.output import check_writable, is_file, picture_path, settings_in, stem
+from mmdit.driver.output import check_writable, is_file, names, picture_path, settings_in, stem
 from mmdit.driver.pictures import check_pictures
 from mmdit.driver.settings import Settings, alone, identity, keywords, settings_from
 
@@ -173,7 +173,13 @@ class Folders:
         ):
             return None
         self._promised.add((folder, shown))
-        return self._promise(picture_path(settings, taken=self), shown)
+        for path in names(settings):
+            if path not in self:
+                if not path.exists():
+                    return self._promise(path, shown)
+                if self._shown(path) == shown:  # another process wrote it since the folder was looked at
+                    return None
+        raise AssertionError("names have no end")
 
     def __contains__(self, path: object) -> bool:
         """Whether something is going to be in this file, or was looked at there."""

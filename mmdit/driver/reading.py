@@ -60,7 +60,7 @@ def fitted(s: Settings, reader: EncodesText) -> Settings:
             if text is not None and encoder != "t5" and encoder not in reader.clips:
                 raise SettingsError(f"{role}_{encoder}: the model has no {encoder}")
     if not s.long_prompts:
-        return replace(s, clip_chunks=None, t5_tokens=None)
+        return s if s.clip_chunks is s.t5_tokens is None else replace(s, clip_chunks=None, t5_tokens=None)
     assert s.t5_length
     chunks, t5 = reader.needs([text.prompt for text in texts_of(s).values()])
     return replace(s, clip_chunks=chunks, t5_tokens=max(t5, s.t5_length))

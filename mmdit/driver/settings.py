@@ -3,6 +3,7 @@
 import difflib
 import math
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from typing import Any
 
 from mmdit.common.errors import SettingsError
@@ -51,16 +52,16 @@ class Settings(
     """Everything a picture depends on, and where it goes. None stands for the model's own default."""
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            if isinstance(f.default, tuple):  # one or several texts
-                given: Any = getattr(self, f.name) or ()
-                if not isinstance(given, tuple | list) and isinstance(as_text(f.name, given), str | int | float):
-                    given = (given,)
-                if isinstance(given, tuple | list):  # else it is refused by `check`
-                    given = tuple(as_text(f.name, one) for one in given)
-                object.__setattr__(self, f.name, given)
-            elif Mark.PICTURE in f.metadata["marks"]:
-                object.__setattr__(self, f.name, as_text(f.name, getattr(self, f.name)))
+        for name in _several(type(self)):
+            given: Any = getattr(self, name) or ()
+            if not isinstance(given, tuple | list) and isinstance(as_text(name, given), str | int | float):
+                given = (given,)
+            if isinstance(given, tuple | list):  # else it is refused by `check`
+                given = tuple(as_text(name, one) for one in given)
+            object.__setattr__(self, name, given)
+        for name in marked(self, Mark.PICTURE):
+            if name not in _several(type(self)):
+                object.__setattr__(self, name, as_text(name, getattr(self, name)))
 
     def resolved(self, defaults: dict[str, Any]) -> "Settings":
         """With the model's `defaults`, then SD3.5-Medium's, in place of None; the result is checked.
@@ -78,12 +79,20 @@ class Settings(
         check_options(self)
 
 
+@cache
+def _several(options: type) -> tuple[str, ...]:
+    """Names of the fields that hold one or several texts."""
+    return tuple(f.name for f in fields(options) if isinstance(f.default, tuple))
+
+
 LOADED = marked(Settings, Mark.LOADED)
 SD35_MEDIUM_DEFAULTS = {f.name: usual for f in fields(Settings) if (usual := f.metadata["usual"]) is not None}
 
 
 def alone(settings: Settings) -> list[Settings]:
     """The settings of each of its `count` pictures."""
+    if settings.count == 1:
+        return [settings]
     variation = settings.variation_seed
     if variation is not None:  # of one picture
         return [replace(settings, variation_seed=variation + i, count=1) for i in range(settings.count)]
@@ -95,11 +104,18 @@ def identity(settings: Settings) -> object:
 
     Files count by what is in them (`weights`), not by where they lie; a scale behind a path counts.
     """
-    unseen, paths = marked(settings, Mark.NOT_SEEN), marked(settings, Mark.PATH) if settings.weights else ()
-    values = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in (*unseen, *paths)}
+    by_content = bool(settings.weights)
+    names, paths = _seen(type(settings), by_content)
     texts = {name: value for name in paths if isinstance(value := getattr(settings, name), tuple)}
-    scales = {name: tuple(split_scale(text)[1] for text in value) for name, value in texts.items()}
-    return tuple({**values, **scales}.items())
+    scales = tuple((name, tuple(split_scale(text)[1] for text in value)) for name, value in texts.items())
+    return by_content, tuple(getattr(settings, name) for name in names), scales
+
+
+@cache
+def _seen(options: type, by_content: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the fields that change a picture; of those that then do not, since the content of files counts."""
+    unseen, paths = marked(options, Mark.NOT_SEEN), marked(options, Mark.PATH) if by_content else ()
+    return tuple(f.name for f in fields(options) if f.name not in (*unseen, *paths)), paths
 
 
 def check_defaults(defaults: dict[str, Any], where: str) -> dict[str, Any]:

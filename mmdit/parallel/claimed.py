@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from mmdit.common.command import say
-from mmdit.common.errors import SettingsError
+from mmdit.common.errors import SettingsError, UserError
 from mmdit.common.files import beside, put
-from mmdit.driver.output import UnwritableError, is_there
+from mmdit.driver.output import UnwritableError, is_sheet, is_there
 from mmdit.driver.prompts import ERROR, line_of
 from mmdit.driver.settings import Settings
 from mmdit.parallel.claims import Claim, Claims, State
@@ -23,6 +23,10 @@ Wanted = tuple[Settings, Path]
 Draw = Callable[[Sequence[Wanted]], None]  # draws pictures and writes them
 
 
+class FailingError(SettingsError):
+    """So many pictures failed that it must be the machine."""
+
+
 @dataclass
 class Tally:
     """What became of the pictures that this process had a claim to."""
@@ -31,8 +35,8 @@ class Tally:
     failed: list[str] = field(default_factory=list)  # a line for each that it gave up
     in_a_row: int = 0  # failures since the last picture that was drawn
 
-    def count(self, _: Path) -> None:
-        self.drawn, self.in_a_row = self.drawn + 1, 0
+    def count(self, path: Path) -> None:
+        self.drawn, self.in_a_row = self.drawn + (not is_sheet(path)), 0
 
 
 def draw_claimed(pictures: Sequence[Placed], out: str, claims: Claims, draw: Draw, tally: Tally) -> None:
@@ -42,6 +46,8 @@ def draw_claimed(pictures: Sequence[Placed], out: str, claims: Claims, draw: Dra
     """
     try:
         _draw_claimed(pictures, out, claims, draw, tally)
+    except BrokenPipeError:  # nobody reads what is written
+        raise
     except OSError as error:
         raise UnwritableError(f"claim: {claims.folder}: {error.strerror or error}") from error
 
@@ -53,16 +59,18 @@ def _draw_claimed(pictures: Sequence[Placed], out: str, claims: Claims, draw: Dr
         for part in left:
             taken = claims.take(part.name)
             if isinstance(taken, Claim):
-                draw_part(taken, part, out, draw, tally)
-            elif taken is State.BUSY:
+                taken = State.DONE if draw_part(taken, part, out, draw, tally) else State.BUSY
+            if taken is State.BUSY:
                 busy.append(part)
         if len(busy) == len(left):
             claims.wait()
         left = busy
 
 
-def draw_part(claim: Claim, part: Part, out: str, draw: Draw, tally: Tally) -> None:
+def draw_part(claim: Claim, part: Part, out: str, draw: Draw, tally: Tally) -> bool:
     """Draw of a claimed part what is missing: together at the first try, then one by one.
+
+    Returns whether it is done; else another process took it over.
 
     A process that dies fails at the whole part. Whoever takes it over notes each picture before it draws it; if that
     one dies as well, this picture has had two tries, and the next owner gives it up. So it is with errors.
@@ -72,9 +80,9 @@ def draw_part(claim: Claim, part: Part, out: str, draw: Draw, tally: Tally) -> N
         if claim.tries == 1 and left:
             try:
                 draw([wanted for _, wanted in left])
-                return
+                return True
             except Exception as error:
-                if _is_of_the_process(error):
+                if is_of_the_process(error):
                     raise
             left = _missing(claim, part)
         begun = claim.begun_before()
@@ -83,16 +91,17 @@ def draw_part(claim: Claim, part: Part, out: str, draw: Draw, tally: Tally) -> N
                 give_up(claim, index, wanted[0], out, tally, "whoever drew it died, twice")
                 continue
             if not claim.begin(index):
-                return  # another process took it over, and it is done
+                break
             try:
                 draw([wanted])
             except Exception as error:
-                if _is_of_the_process(error):
+                if is_of_the_process(error):
                     raise
                 give_up(claim, index, wanted[0], out, tally, f"{type(error).__name__}: {error}")
                 tally.in_a_row += not isinstance(error, SettingsError)  # that is what the row asks for
-                if tally.in_a_row == _IN_A_ROW:
-                    raise SettingsError(f"{_IN_A_ROW} pictures in a row failed, at last by {error}") from error
+                if tally.in_a_row >= _IN_A_ROW:
+                    raise FailingError(f"{_IN_A_ROW} pictures in a row failed, at last by {error}") from error
+    return not claim.lost
 
 
 def give_up(claim: Claim, index: int, settings: Settings, out: str, tally: Tally, error: str) -> None:
@@ -103,11 +112,11 @@ def give_up(claim: Claim, index: int, settings: Settings, out: str, tally: Tally
 
 def write_failures(claims: Claims, out: str) -> str:
     """Put all pictures that were given up into one list, and say where; nothing where there are none."""
-    lines = claims.failures()
-    if not lines:
-        return ""
     path = Path(out).expanduser() / FAILURES
     try:
+        lines = claims.failures()
+        if not lines:
+            return ""
         with beside(path) as written:
             written.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
             put(written, path)
@@ -121,7 +130,8 @@ def _missing(claim: Claim, part: Part) -> list[tuple[int, Wanted]]:
     return [(i, wanted) for i, wanted in every if not claim.given_up(i) and not is_there(*wanted)]
 
 
-def _is_of_the_process(error: Exception) -> bool:
-    """Whether no other picture could be drawn or written either."""
+def is_of_the_process(error: Exception) -> bool:
+    """Whether no other picture could be drawn, written or told either."""
     broken = isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA error" in str(error)
-    return broken or isinstance(error, UnwritableError)
+    untold = isinstance(error, BrokenPipeError) or type(error) is UserError  # the latter by standard output alone
+    return broken or untold or isinstance(error, UnwritableError | FailingError)

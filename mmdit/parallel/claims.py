@@ -14,6 +14,7 @@ What is done twice all the same, by an owner who was only slow, leaves one file:
 (`mmdit.driver.output.save_image`).
 """
 
+import itertools
 import json
 import os
 import platform
@@ -27,10 +28,11 @@ from threading import Event, Thread
 from typing import Any, Self
 
 from mmdit.common.errors import SettingsError, UserError
-from mmdit.common.files import beside, put
+from mmdit.common.files import beside, put, sweep
 
 FOLDER = ".claims"
 PATIENCE = 120  # seconds
+_TRIES = 10  # to make a folder that others are removing
 _RENEWALS = 6  # in the time after which a claim may be taken over
 
 
@@ -48,25 +50,28 @@ class Claim:
         """tries: how many processes had it, this one included."""
         self.claims, self.part, self.tries = claims, part, tries
         self.path = claims.claim_path(part, tries)
+        self.lost = False  # another process has it by now, or had it and is done
 
     def begin(self, index: int) -> bool:
-        """Note that picture `index` is going to be drawn alone; False where another process has the part by now."""
-        if self.claims.claim_path(self.part, self.tries + 1).exists():
-            return False
-        with suppress(FileNotFoundError), self.path.open("r+") as file:
-            file.seek(0, os.SEEK_END)
-            file.write(f"{index}\n")
-            file.flush()
-            os.fsync(file.fileno())
-            return True
-        return False
+        """Note that picture `index` is going to be drawn alone; False where the part is lost to another process."""
+        self.lost = self.claims.claim_path(self.part, self.tries + 1).exists()
+        if not self.lost:
+            try:
+                with self.path.open("r+") as file:
+                    file.seek(0, os.SEEK_END)
+                    file.write(f"{index}\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+            except FileNotFoundError:
+                self.lost = True
+        return not self.lost
 
     def begun_before(self) -> set[int]:
         """The pictures that an earlier owner drew alone when it died, or had drawn before."""
         found: set[int] = set()
         for tries in range(1, self.tries):
             with suppress(OSError):
-                lines = self.claims.claim_path(self.part, tries).read_text().splitlines()[1:]
+                lines = self.claims.claim_path(self.part, tries).read_text().split("\n")[1:-1]  # whole ones
                 found |= {int(line) for line in lines if line.isdecimal()}
         return found
 
@@ -82,9 +87,13 @@ class Claim:
         return self.claims.failed_path(self.part, index).exists()
 
     def done(self) -> None:
+        self.claims.now()  # the folder may have been swept
         self.claims.done_path(self.part).touch()
-        for tries in range(1, self.tries + 2):
-            self.claims.claim_path(self.part, tries).unlink(missing_ok=True)
+        for tries in itertools.count(1):
+            path = self.claims.claim_path(self.part, tries)
+            if tries > self.tries and not path.exists():
+                break
+            path.unlink(missing_ok=True)
 
     def release(self) -> None:
         """As if it had not been claimed."""
@@ -112,9 +121,8 @@ class Claims:
         self._held: Claim | None = None
         self._made = [folder for folder in self.folder.parents if not folder.exists()]
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._clock.touch()
-            self.since = self.now() if since is None else since
+            now = self.now()
+            self.since = now if since is None else since
         except OSError as error:
             raise SettingsError(f"claim: cannot write into {self.folder}: {error.strerror or error}") from None
 
@@ -128,9 +136,16 @@ class Claims:
         return self.folder / f"{part}.{index}.failed"
 
     def now(self) -> float:
-        """The folder's own time."""
-        os.utime(self._clock)
-        return self._clock.stat().st_mtime
+        """The folder's own time. Makes folder and clock where they are not there, or not any more. Raises OSError."""
+        for left in reversed(range(_TRIES)):
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._clock.touch()
+                return self._clock.stat().st_mtime
+            except (FileNotFoundError, FileExistsError):  # the last of others, which ends, removes them just now
+                if not left:
+                    raise
+        raise AssertionError
 
     def take(self, part: str) -> Claim | State:
         """Claim a part, or take it over from an owner that has not renewed its claim; or why not. Raises OSError."""
@@ -147,8 +162,15 @@ class Claims:
             file = os.open(claim.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         except FileExistsError:
             return State.BUSY
-        with os.fdopen(file, "w") as opened:
-            opened.write(json.dumps(told) + "\n")
+        except FileNotFoundError:  # the folder was swept
+            self.now()
+            return State.BUSY
+        try:
+            with os.fdopen(file, "w") as opened:
+                opened.write(json.dumps(told) + "\n")
+        except OSError:  # a full disk
+            claim.path.unlink(missing_ok=True)
+            raise
         if self._is_done(part):  # a moment ago
             claim.path.unlink(missing_ok=True)
             return State.DONE
@@ -156,11 +178,11 @@ class Claims:
 
     @contextmanager
     def holding(self, claim: Claim) -> Iterator[None]:
-        """Renew it meanwhile. At the end it is done; where it is broken off, others may have it at once."""
+        """Renew it meanwhile. At the end it is done, but for a lost one; broken off, others may have it at once."""
         self._held = claim
         try:
             yield
-        except (KeyboardInterrupt, UserError):
+        except (KeyboardInterrupt, BrokenPipeError, UserError):
             self._held = None
             claim.release()
             raise
@@ -169,7 +191,8 @@ class Claims:
             claim.abandon()
             raise
         self._held = None
-        claim.done()
+        if not claim.lost:
+            claim.done()
 
     def failures(self) -> list[str]:
         """The lines of all pictures that were given up."""
@@ -204,10 +227,11 @@ class Claims:
 
     def _renew(self) -> None:
         while not self._ended.wait(self._patience / _RENEWALS):
-            held = self._held
-            for path in (self._clock, *([] if held is None else [held.path])):
-                with suppress(OSError):
-                    os.utime(path)
+            with suppress(OSError):
+                self.now()
+            with suppress(OSError):
+                if (held := self._held) is not None:
+                    os.utime(held.path)
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
@@ -222,11 +246,11 @@ class Claims:
         for clock in self.folder.glob("*.clock"):
             if now - clock.stat().st_mtime < self._patience:
                 return
-        if any(self.folder.glob("*.claim")):
+        if any(not self.done_path(path.name.split(".")[0]).exists() for path in self.folder.glob("*.claim")):
             return
-        for path in self.folder.iterdir():
-            if path.suffix in (".done", ".clock"):
-                path.unlink(missing_ok=True)
+        sweep(self.folder)
+        for path in [path for path in self.folder.iterdir() if path.suffix in (".done", ".clock", ".claim")]:
+            path.unlink(missing_ok=True)
         with suppress(OSError):
             for folder in (self.folder, *self._made):  # where nothing was given up, and then nothing was drawn
                 folder.rmdir()

@@ -1,6 +1,7 @@
 """A list cut into shards and parts: the same for everybody who has the list, whatever of it is there already."""
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -70,5 +71,10 @@ def _kinds(pictures: Sequence[Placed]) -> Iterator[list[Placed]]:
 
 def part_name(pictures: Sequence[Settings], out: str) -> str:
     """Machines may see the run's folder under different paths: what goes there is not told by its place."""
-    told = [(identity(replace(s, device="auto")), "" if s.out == out else s.out) for s in pictures]
+    told = [(identity(replace(s, device="auto")), "" if _same_place(s.out, out) else s.out) for s in pictures]
     return hashlib.sha256(repr(told).encode()).hexdigest()[:24]
+
+
+def _same_place(one: str, other: str) -> bool:
+    """Whether two paths are the same, however they are spelled: the folder of actors is a whole path."""
+    return one == other or os.path.abspath(os.path.expanduser(one)) == os.path.abspath(os.path.expanduser(other))

@@ -14,7 +14,7 @@ from mmdit.common.errors import SettingsError
 from mmdit.driver.prompts import line_of, picture_settings
 from mmdit.driver.settings import Settings
 from mmdit.driver.writing import draw
-from mmdit.parallel.claimed import Tally, draw_part
+from mmdit.parallel.claimed import Tally, draw_part, is_of_the_process
 from mmdit.parallel.claims import Claim, Claims, State
 from mmdit.parallel.options import ManyOptions
 from mmdit.parallel.shards import Part, part_name
@@ -39,7 +39,7 @@ class Painter:
             os.chdir(folder)
         many = {name: getattr(ManyOptions, name) for name in ("shard", "claim", "ray", "ray_actors", "ray_cores")}
         self.run, self.base, self.since = run, replace(run, prompts=None, **many), since
-        self.failed = ""
+        self.failed, self.in_a_row = "", 0  # why it draws nothing more; pictures that failed since one was drawn
         try:
             self.load(largest)
         except Exception as error:  # told with the first row
@@ -58,11 +58,13 @@ class Painter:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, str]:
         """What became of a part: its state, lines of pictures that were given up, what went wrong."""
-        tally, told = Tally(), self.failed
+        tally, told = Tally(in_a_row=self.in_a_row), self.failed
         try:
             state = ERROR if told else self.draw(row, tally)
         except Exception as error:
             state, told = ERROR, f"{type(error).__name__}: {error}"
+            self.failed = told if is_of_the_process(error) else ""
+        self.in_a_row = tally.in_a_row
         if state == ERROR:
             sleep(_PAUSE)
         return {"part": row["part"], "state": state, "failed": json.dumps(tally.failed), "error": told}
@@ -75,8 +77,8 @@ class Painter:
             if isinstance(claim, State):
                 return claim.value
             assert isinstance(claim, Claim)
-            draw_part(claim, part, out, partial(draw, self.pipeline, run=self.run, seconds={}, told=tally.count), tally)
-        return State.DONE.value
+            drawn = partial(draw, self.pipeline, run=self.run, seconds={}, told=tally.count)
+            return (State.DONE if draw_part(claim, part, out, drawn, tally) else State.BUSY).value
 
     def part_of(self, row: dict[str, Any]) -> Part:
         """The part that a row asks for. Raises SettingsError where its pictures would be others on this machine."""

@@ -58,6 +58,8 @@ def draw_by_ray(
                     for path in (path for _, path in left.pop(answer["part"]).pictures if path is not None):
                         if path.exists():
                             told(path)
+        except BrokenPipeError:  # nobody reads the names of files
+            raise
         except (RayError, OSError) as failed:  # the next round goes on
             error = str(failed).strip().splitlines()[-1]
             say(f"Ray: {error}; what is left is tried again")
@@ -79,7 +81,7 @@ def join(address: str) -> None:
         if colon and port.isdecimal() and "/" not in host:  # Ray would try for minutes
             socket.create_connection((host.strip("[]"), int(port[:5])), _PATIENCE).close()
         ray.init(**QUIET, **more)
-    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         told = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SettingsError(f"ray: no cluster at {address}: {told}") from None
 
@@ -88,10 +90,10 @@ def answers(run: Settings, parts: Sequence[Part], largest: Settings, claims: Cla
     """What became of each part, as soon as it is known."""
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    there = ray.cluster_resources()
-    gpus = int(there.get("GPU", 0))
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = int(sum(there.get("GPU", 0) for there in machines))
     each: dict[str, Any] = {"num_gpus": 1} if gpus else {"num_cpus": run.ray_cores}
-    fit = gpus or int(there.get("CPU", 1)) // run.ray_cores
+    fit = gpus or int(sum(there.get("CPU", 0) // run.ray_cores for there in machines))
     if not fit:
         raise SettingsError(f"ray_cores is {run.ray_cores}: no machine of the cluster has so many")
     least, most = two_numbers(run.ray_actors or "", ":") or (1, fit)
