@@ -122,7 +122,7 @@ def test_waiting_pictures_of_a_kind_are_one_batch_the_oldest_first() -> None:
         assert [ear.error for ear in heard] == [None] * 5
         assert [ear.seeds for ear in heard] == [[1], [2, 3], [4], [5, 6, 7, 8, 9], [10, 11]]
         assert pipe.batches == [[1], [2, 3, 5, 6, 7, 8, 9, 10], [4], [11]]
-        assert found.metrics.value("mmdit_batch_pictures_sum") == 11
+        wait(lambda: found.metrics.value("mmdit_batch_pictures_sum") == 11)  # counted after the last answer
         assert found.metrics.value("mmdit_step_pictures_sum") == 2 * 10 + 3
         assert found.metrics.value("mmdit_step_pictures_count") == 2 * 3 + 3
 
@@ -366,7 +366,7 @@ def test_what_is_so_now_is_in_the_metrics() -> None:
         assert told["mmdit_texts_total", "cache"] == 5 and told["mmdit_texts_total", "encoders"] == 2
         pipe.gate.open()
         assert heard.error is None
-        wait(lambda: not found.busy)
+        wait(lambda: found.metrics.value("mmdit_batch_pictures_count") == 2)  # counted after the last answer
         names = ("queue_seconds", "step_seconds", "stage_seconds", "batch_pictures", "step_pictures")
         labels = {"stage_seconds": {"stage": "denoise"}}
         assert [found.metrics.value(f"mmdit_{n}_count", **labels.get(n, {})) for n in names] == [3, 5, 2, 2, 3]
