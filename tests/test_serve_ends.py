@@ -80,7 +80,7 @@ def test_what_is_loaded_keeps_texts_and_shows_none(recwarn: pytest.WarningsRecor
     pipe = app.loaded(ServeOptions(device="cpu", dtype="fp32", memory="2GB"))
     assert pipe.remembered is not None and pipe.remembered.most == 100_000_000
     for _ in range(2):
-        pipe("a horse " * 60, **{**SMALL, "steps": 1})
+        pipe("a horse " * 60, width=64, height=48, steps=1)
     assert len(recwarn) == 0 and pipe.remembered.hits == pipe.remembered.misses == 2
 
 
