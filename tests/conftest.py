@@ -10,7 +10,9 @@ A case that belongs to a long sweep and not to its sample is marked `sweep`, one
 
 import gc
 import os
+import signal
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()  # what the packages under comparison have made is looked through no more
+
+
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """Programs that a test begins heed SIGINT: those of a shell that runs tests in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

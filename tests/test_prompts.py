@@ -338,6 +338,7 @@ def test_somebody_else_is_faster(desk: Desk, monkeypatch: pytest.MonkeyPatch) ->
     assert desk.files()["a-horse-0.png"][0] == b"theirs"
 
 
+@pytest.mark.usefixtures("interrupts")
 @pytest.mark.parametrize("how", [pytest.param(signal.SIGINT, marks=pytest.mark.sweep), signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_process(desk: Desk, how: signal.Signals) -> None:
     """At its first picture: whole pictures only, and the next run draws the others."""

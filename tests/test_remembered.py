@@ -104,10 +104,14 @@ def test_who_looks_on_may_write_into_what_they_see(pipe: Pipeline, plain: Pipeli
     class Writes(Watcher):
         def encoded(self, event: Encoded) -> None:
             for text in event.texts.values():
+                seen.append(text.tokens["clip_l"].clone())
                 text.context.zero_()
+                text.tokens["clip_l"].zero_()
 
+    seen: list[torch.Tensor] = []
     for _ in range(2):
         pipe.run(pipe.asked({"prompt": "a horse"}), watchers=[Writes()])
+    assert len(seen) == 4 and torch.equal(torch.cat(seen[:2]), torch.cat(seen[2:])) and seen[0].any()
     assert same(drawn(pipe, "a horse"), expected)
 
 
@@ -158,6 +162,15 @@ def test_what_may_change_texts_unseen_turns_it_off(pipe: Pipeline, passes: list[
     encoder.set_submodule(LAYER, torch.nn.Linear(layer.in_features, layer.out_features))
     with pytest.raises(SettingsError, match="is another module"):
         pipe("a horse")
+
+
+def test_another_reading_of_prompts_is_not_answered_from_before(pipe: Pipeline) -> None:
+    assert isinstance(pipe.text, TextEncoder)
+    before = drawn(pipe, "a horse")
+    pipe.text.t5_mode = "off"
+    assert not same(drawn(pipe, "a horse"), before)
+    pipe.text.t5_mode = "on"
+    assert same(drawn(pipe, "a horse"), before)
 
 
 def test_an_editable_model_forgets_at_once(model: Path) -> None:

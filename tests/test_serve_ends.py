@@ -1,4 +1,4 @@
-"""How the server begins and ends: loading, SIGTERM, command lines that cannot be."""
+"""How the server begins and ends: loading, SIGTERM, command lines that cannot be; what it logs and counts."""
 
 import json
 import logging
@@ -17,6 +17,7 @@ from served import SMALL, Served, gated, pipeline, wait
 from mmdit.serve import app
 from mmdit.serve.__main__ import main
 from mmdit.serve.logs import in_json
+from mmdit.serve.metrics import Metrics
 from mmdit.serve.options import ServeOptions
 
 ASKED = {"prompt": "a horse", "seed": 1, **SMALL}
@@ -79,19 +80,35 @@ def test_what_is_loaded_keeps_texts_and_shows_none(recwarn: pytest.WarningsRecor
     pipe = app.loaded(ServeOptions(device="cpu", dtype="fp32", memory="2GB"))
     assert pipe.remembered is not None and pipe.remembered.most == 100_000_000
     for _ in range(2):
-        pipe("a horse " * 60, **{**SMALL, "steps": 1})
+        pipe("a horse " * 60, width=64, height=48, steps=1)
     assert len(recwarn) == 0 and pipe.remembered.hits == pipe.remembered.misses == 2
 
 
 def test_what_libraries_log_is_json_too() -> None:
-    lines: list[str] = []
+    lines, before = list[str](), [*logging.getLogger().handlers]
     with in_json(lines.append):
+        handlers = [one for one in logging.getLogger().handlers if one not in before]
         try:
             raise ValueError("a mistake")
         except ValueError:
             logging.getLogger("uvicorn.error").exception("in an\napplication")
-    (line,) = map(json.loads, lines)
+    (handler,) = handlers
+    handler.handle(logging.makeLogRecord({"msg": "%d pictures", "args": ("no",)}))  # a mistake of who logs
+    line, other = map(json.loads, lines)
+    assert other["message"] == "%d pictures"
     assert line["message"] == "in an application: ValueError('a mistake')" and line["level"] == "error"
+
+
+def test_metrics_are_texts_of_prometheus() -> None:
+    metrics = Metrics()
+    metrics.add("mmdit_requests_total", route='a"b\\', status="200")
+    metrics.add("mmdit_requests_total", 2, route='a"b\\', status="200")
+    for value in (0.5, 1.5):
+        metrics.observe("mmdit_step_seconds", value)
+    lines = metrics.text({("mmdit_ready", ()): 1.0}).splitlines()
+    assert 'mmdit_requests_total{route="a\\"b\\\\",status="200"} 3' in lines
+    assert lines.index("# TYPE mmdit_step_seconds summary") + 1 == lines.index("mmdit_step_seconds_sum 2")
+    assert "mmdit_step_seconds_count 2" in lines and "mmdit_ready 1" in lines
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,8 @@ def test_a_load_loses_nothing(tmp_path: Path) -> None:
 
     def look(done: int) -> None:
         if done >= 4 and not killed and served.studio._drawing:
-            killed.append(kill_thread())
+            killed.append(True)  # before: whoever is told of it at once asks whether it was
+            assert kill_thread()
 
     limits = {"queue": 24, "most_pictures": 4, "most_megabytes": MEGABYTES}
     with serving(api_key_file=str(tmp_path / "keys"), **limits) as served:

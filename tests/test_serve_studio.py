@@ -122,7 +122,7 @@ def test_waiting_pictures_of_a_kind_are_one_batch_the_oldest_first() -> None:
         assert [ear.error for ear in heard] == [None] * 5
         assert [ear.seeds for ear in heard] == [[1], [2, 3], [4], [5, 6, 7, 8, 9], [10, 11]]
         assert pipe.batches == [[1], [2, 3, 5, 6, 7, 8, 9, 10], [4], [11]]
-        assert found.metrics.value("mmdit_batch_pictures_sum") == 11
+        wait(lambda: found.metrics.value("mmdit_batch_pictures_sum") == 11)  # counted after the last answer
         assert found.metrics.value("mmdit_step_pictures_sum") == 2 * 10 + 3
         assert found.metrics.value("mmdit_step_pictures_count") == 2 * 3 + 3
 
@@ -158,6 +158,30 @@ def test_a_client_among_many_waits_for_one_of_each() -> None:
     turns.forget(places("xb"))
     assert names(turns.take(places("abxb"), 9)) == "bxab"
     assert turns.first(places("bbba")).ticket.client == "a"
+    for client in "bc":
+        turns.comes(client)
+    turns.take(places("c"), 1)  # joins, while what "b" asked for is of another kind
+    assert turns.first(places("cb")).ticket.client == "b"
+
+
+def test_what_is_let_go_counts_until_its_next_step() -> None:
+    """Not until the end of those that it was drawn with, who may go on as others join."""
+    with studio(most=3) as (found, pipe):
+        heard = [Heard() for _ in range(4)]
+        found.submit(asked(9), heard[0].append)
+        wait(lambda: pipe.batches)
+        left = found.submit(asked(1), heard[1].append)
+        found.submit(asked(2), heard[2].append)
+        pipe.gate.let(2)
+        wait(lambda: pipe.gate.steps == [9, 9, 1])
+        left.cancel()
+        with pytest.raises(FullError):
+            found.submit(asked(3, 4), heard[3].append)
+        pipe.gate.let(1)
+        wait(lambda: pipe.gate.steps == [9, 9, 1, 2])
+        found.submit(asked(3, 4), heard[3].append)
+        pipe.gate.open()
+        assert [ear.error for ear in heard if ear is not heard[1]] == [None] * 3
 
 
 def test_steps_are_told_with_a_look_at_the_picture() -> None:
@@ -366,22 +390,10 @@ def test_what_is_so_now_is_in_the_metrics() -> None:
         assert told["mmdit_texts_total", "cache"] == 5 and told["mmdit_texts_total", "encoders"] == 2
         pipe.gate.open()
         assert heard.error is None
-        wait(lambda: not found.busy)
+        wait(lambda: found.metrics.value("mmdit_batch_pictures_count") == 2)  # counted after the last answer
         names = ("queue_seconds", "step_seconds", "stage_seconds", "batch_pictures", "step_pictures")
         labels = {"stage_seconds": {"stage": "denoise"}}
         assert [found.metrics.value(f"mmdit_{n}_count", **labels.get(n, {})) for n in names] == [3, 5, 2, 2, 3]
         assert found.metrics.value("mmdit_pictures_total") == 3
         text = found.metrics.text(found.gauges())
         assert 'mmdit_texts_total{by="cache"} 5' in text and 'mmdit_memory_bytes{what="predicted"} 1000' in text
-
-
-def test_metrics_are_texts_of_prometheus() -> None:
-    metrics = Metrics()
-    metrics.add("mmdit_requests_total", route='a"b\\', status="200")
-    metrics.add("mmdit_requests_total", 2, route='a"b\\', status="200")
-    for value in (0.5, 1.5):
-        metrics.observe("mmdit_step_seconds", value)
-    lines = metrics.text({("mmdit_ready", ()): 1.0}).splitlines()
-    assert 'mmdit_requests_total{route="a\\"b\\\\",status="200"} 3' in lines
-    assert lines.index("# TYPE mmdit_step_seconds summary") + 1 == lines.index("mmdit_step_seconds_sum 2")
-    assert "mmdit_step_seconds_count 2" in lines and "mmdit_ready 1" in lines

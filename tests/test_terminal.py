@@ -56,13 +56,17 @@ Pipeline.decode = once
 """
 
 
+@pytest.mark.usefixtures("interrupts")
 def test_an_interrupt_leaves_what_is_done(model: Path, tmp_path: Path) -> None:
     """After the first of three pictures of one run."""
     process = program(WAITS, "a horse", "--count", 3, "--model", model, "--out", tmp_path / "out")
     assert process.stdout is not None
-    first = process.stdout.readline().strip()
-    process.send_signal(signal.SIGINT)
-    lines, errors = process.communicate(timeout=60)
+    try:
+        first = process.stdout.readline().strip()
+        process.send_signal(signal.SIGINT)
+        lines, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()  # else one that heeds no interrupt waits for ever
     assert (process.returncode, lines, errors) == (130, "", "interrupted: nothing more was written\n")
     assert os.listdir(tmp_path / "out") == ["a-horse-0.png"]
     settings = settings_in(Path(first))

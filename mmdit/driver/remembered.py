@@ -49,14 +49,19 @@ class Remembered:
         if self._state is None or size > self.most or unit in self._kept:
             return
         self._kept[unit] = copied(texts)
-        self.bytes += size
+        self.bytes = sum(map(size_of, self._kept.values()))  # anew: right also after a thread that died in here
         while self.bytes > self.most:
             self.bytes -= size_of(self._kept.popitem(last=False)[1])
 
 
 def copied(texts: Texts) -> Texts:
     """Whoever looks on may write into what they see."""
-    return {text: Conditioning(one.context.clone(), one.pooled.clone(), one.tokens) for text, one in texts.items()}
+    return {
+        text: Conditioning(
+            one.context.clone(), one.pooled.clone(), {name: ids.clone() for name, ids in one.tokens.items()}
+        )
+        for text, one in texts.items()
+    }
 
 
 def size_of(texts: Texts) -> int:

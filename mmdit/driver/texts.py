@@ -121,7 +121,8 @@ def state_of(stages: Stages) -> object | None:
         return None
     if "encode" in vars(stages) or "encode" in vars(text) or any(map(_touched, modules)) or _hooks(everywhere):
         return None
-    return stages.actual["weights"], stages.actual["lora"], text, modules
+    reader = {**vars(text), "words": {**text.words}}  # as it is now: it may be changed in its place
+    return stages.actual["weights"], stages.actual["lora"], reader, modules
 
 
 def _touched(module: nn.Module) -> bool:

@@ -18,7 +18,11 @@ class _Lines(logging.Handler):
         self._log = log
 
     def emit(self, record: logging.LogRecord) -> None:
-        told = record.getMessage() + (f": {record.exc_info[1]!r}" if record.exc_info else "")
+        try:
+            told = record.getMessage()
+        except (TypeError, ValueError):  # their arguments do not fit; whoever logs is not to fail of it
+            told = str(record.msg)
+        told += f": {record.exc_info[1]!r}" if record.exc_info else ""
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))}
         line |= {"level": record.levelname.lower(), "from": record.name, "message": " ".join(told.split())[:_LONGEST]}
         self._log(json.dumps(line))

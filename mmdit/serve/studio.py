@@ -96,6 +96,7 @@ class Studio:
             if held and held + ticket.sent > _SENT:
                 raise FullError("the pictures that other requests sent fill the memory", self._until(every, len(every)))
             self._waiting.extend(ticket.places)
+            self._turns.comes(ticket.client)
             self._changed.notify_all()
         return ticket
 
@@ -304,6 +305,7 @@ class Studio:
         """A picture is done."""
         with self._changed:
             if place.dropped:
+                self._counts_no_more(place)
                 return
             place.dropped = place.drawn = True
             place.ticket.left -= 1
@@ -311,7 +313,17 @@ class Studio:
         self._tell(place.ticket, event)
         if not place.ticket.left:
             self.end(place.ticket)
-        with self._changed:  # at last: where the thread dies before, they are told
+        self._counts_no_more(place)  # at last: where the thread dies before, they are told
+
+    def let_go(self, place: Place) -> bool:
+        """Whether a picture is to take no further step; then its place is free."""
+        dropped = place.dropped
+        if dropped:
+            self._counts_no_more(place)
+        return dropped
+
+    def _counts_no_more(self, place: Place) -> None:
+        with self._changed:
             self._drawing = [other for other in self._drawing if other is not place]
 
 
@@ -340,7 +352,7 @@ class Telling(watch.Watcher):
         self._round: list[Place] = []  # that took the same step
 
     def encoded(self, event: watch.Encoded) -> None:
-        if self._batch[event.index].dropped:
+        if self._studio.let_go(self._batch[event.index]):
             event.stop()
 
     def step(self, event: watch.Stepped) -> None:
@@ -352,7 +364,7 @@ class Telling(watch.Watcher):
             other.together = max(other.together, len(self._round))
         if not place.dropped:
             self._studio.stepped(place, lambda: self._studio.pipeline_owned.preview(event.denoised))
-        if place.dropped:
+        if self._studio.let_go(place):
             event.stop()
 
     def round_ends(self) -> None:

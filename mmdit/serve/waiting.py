@@ -77,6 +77,10 @@ class Turns:
     def __init__(self) -> None:
         self._clients: dict[str, None] = {}
 
+    def comes(self, client: str) -> None:
+        """Something of this client waits from now on."""
+        self._clients.setdefault(client)
+
     def first(self, waiting: Iterable[Place]) -> Place:
         """The oldest picture of the client whose turn it is; there is one."""
         oldest: dict[str, Place] = {}
