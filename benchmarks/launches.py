@@ -8,6 +8,7 @@ graphs, and one attention.
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -70,7 +71,7 @@ def ways(pipe: Pipeline, inputs: peers.Inputs) -> dict[str, Step]:
                 try:
                     found[f"{name}, recorded"] = recorded(found[name])
                 except RuntimeError as error:
-                    print(f"left out: {name}, recorded: {str(error).splitlines()[0]}")
+                    print(f"left out: {name}, recorded: {str(error).splitlines()[0]}", file=sys.stderr)
     return found
 
 
