@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import _get_current_function_mode_stack
+from torch.utils.checkpoint import checkpoint
 
 from mmdit.model import MMDiT
 
@@ -125,8 +126,6 @@ def entered(modes: list[Any]) -> Iterator[None]:
 
 class Checkpointed(InPlace):
     def __call__(self, *given: Any) -> Any:
-        from torch.utils.checkpoint import checkpoint
-
         return checkpoint(self._block, *given, use_reentrant=False, preserve_rng_state=False, context_fn=_modes)
 
 

@@ -159,3 +159,10 @@ def loaded(pipeline: Pipeline) -> dict[str, Any]:
 def test_too_many_levels_are_refused_before_anything_is_drawn(pipeline: Pipeline) -> None:
     with pytest.raises(SettingsError, match="schedule beta has no 200 levels that differ, but 138"):
         pipeline("a horse", schedule="beta", steps=200)
+
+
+def test_noise_lies_where_it_is_denoised(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the device, as texts are, so that the stages work by hand; a device without memory stands for a GPU."""
+    monkeypatch.setattr(pipeline, "device", torch.device("meta"))
+    noise = pipeline.noise(64, 48, [6, 7])
+    assert noise.device.type == "meta" and noise.shape == (2, 16, 6, 8)

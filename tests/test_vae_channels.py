@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from reference import autoencoders, relative_error
 from torch import Tensor, nn
 
-from vae import keep_channels_last
+from mmdit import Pipeline
+from vae import channels, keep_channels_last
 from vae.autoencoder import TOY_VAE, GroupNorm, VAEConfig
 from vae.channels import group_norm
 
@@ -81,3 +82,13 @@ def test_who_else_computes_a_norm_is_heeded() -> None:
         assert torch.equal(norm(usual), F.group_norm(usual, 32, norm.weight, norm.bias, 1e-6))
         assert torch.equal(norm(narrow), group_norm(narrow, norm))
     assert norm(x.bfloat16().requires_grad_()).requires_grad
+
+
+@pytest.mark.gpu
+def test_a_pipeline_on_a_gpu_decodes_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[int] = []
+    whole = channels.whole_norm
+    monkeypatch.setattr(channels, "whole_norm", lambda x, norm: called.append(len(x)) or whole(x, norm))
+    pipe = Pipeline.load(dtype="bf16", t5="off", device="cuda")
+    pipe.decode(pipe.noise(64, 64, [0]))
+    assert len(called) == sum(isinstance(module, GroupNorm) for module in pipe.vae.decoder.modules())
