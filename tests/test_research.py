@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from toys import OneByOne, trained_here
 
-from benchmarks.emoji import compare, data, train, training
+from benchmarks.emoji import compare, data, pace, train, training
 from benchmarks.emoji.beginning import config_of, initialise, weights_of
 from benchmarks.emoji.compare import Curve, interval, table
 from benchmarks.emoji.networks import MMDIT
@@ -245,18 +245,12 @@ def test_fewer_encoders_give_what_drawing_gives(tmp_path: Path, scenes: Path) ->
 # ---- comparing -----------------------------------------------------------------------------------
 
 
-def curve(losses: list[float], seconds: float = 1.0, flops: float = 1.0, right: float = 0.5) -> Curve:
-    told = {
-        "parameters": 10,
-        "flops_a_step": flops,
-        "batch": 1,
-        "seconds": seconds * 10 * len(losses),
-        "steps": 10 * len(losses),
-    }
-    lines = [{"step": 10 * i, "seconds": 10 * i * seconds, "flops": 10 * i * flops} for i in range(1, len(losses) + 1)]
+def curve(losses: list[float], pace: float = 1.0, flops: float = 1.0, right: float = 0.5) -> Curve:
+    told = {"parameters": 10, "flops_a_step": flops, "batch": 1}
+    lines = [{"step": 10 * i, "flops": 10 * i * flops} for i in range(1, len(losses) + 1)]
     noise = np.random.default_rng(0).normal(size=50)
     kinds = {kind: [i < right * 20 for i in range(20)] for kind in compare.JUDGED}
-    return Curve(told, lines, np.stack([loss + 0.01 * noise for loss in losses]), kinds)
+    return Curve(told, lines, np.stack([loss + 0.01 * noise for loss in losses]), kinds, pace)
 
 
 def test_base_against_base_is_exactly_nothing() -> None:
@@ -268,11 +262,31 @@ def test_base_against_base_is_exactly_nothing() -> None:
 
 def test_equal_steps_operations_and_time_differ() -> None:
     """One that gains 0.5 a step and takes twice as long: at equal time it has half the steps, and is no better."""
-    slow = {"base": [curve([3, 2, 1])] * 2, "slow": [curve([2.5, 1.5, 0.5], seconds=2.0, flops=1.5)] * 2}
+    slow = {"base": [curve([3, 2, 1])] * 2, "slow": [curve([2.5, 1.5, 0.5], pace=2.0, flops=1.5)] * 2}
     row = table(slow).splitlines()[-1].split(" | ")
     assert row[3] == "2.00"
     found = [float(cell.split()[0]) for cell in row[5:8]]
-    assert found == [-0.5, pytest.approx(0.5), pytest.approx(1.0)]  # at step 30; at 30 flops; at 30 seconds
+    assert found == [-0.5, pytest.approx(0.5), pytest.approx(1.0)]  # at step 30; at 30 flops; in the time of 30
+
+
+def test_a_pace_is_of_two_that_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that grows by 2 for a step of the base and by 3 for one of the other, and by more while both begin."""
+    order, now = list[str](), [0.0]
+
+    class Steps:
+        def __init__(self, variant: Any, _: Any) -> None:
+            self.name, self.steps = variant.name or "base", 0
+
+        def update(self) -> None:
+            order.append(self.name)
+            self.steps += 1
+            now[0] += {"base": 2.0, "registers": 3.0}[self.name] + (50.0 if self.steps <= pace.BEFORE else 0.0)
+
+    monkeypatch.setattr(pace, "Run", Steps)
+    monkeypatch.setattr(pace, "clock", lambda _: lambda: now[0])
+    args = train.parser_of().parse_args(["--device", "cpu"])
+    assert pace.pace("", "benchmarks.variants.registers", args) == 1.5
+    assert order == ["base", "registers"] * (pace.BEFORE + pace.ROUNDS)
 
 
 def test_between_two_measurements_a_loss_lies_on_a_line() -> None:
@@ -287,8 +301,8 @@ def test_between_two_measurements_a_loss_lies_on_a_line() -> None:
 
 
 def test_two_measurements_at_one_time_are_no_division_by_zero() -> None:
-    c = curve([3, 2, 1], seconds=0.0)
-    assert np.isin(c.at("seconds", 0.0), c.losses).all()
+    c = curve([3, 2, 1], flops=0.0)
+    assert np.isin(c.at("flops", 0.0), c.losses).all()
 
 
 def test_intervals_cover_the_truth_and_shrink() -> None:
@@ -320,28 +334,19 @@ def test_a_comparison_trains_what_is_missing_only(
     monkeypatch.setattr(compare, "draw", lambda *given: np.zeros((len(given[1]), 8, 8, 3), np.uint8))
     monkeypatch.setattr(compare, "judge", lambda *_: None)
     monkeypatch.setattr(compare, "KINDS", dict.fromkeys(compare.JUDGED, Kind))
-    line = [
-        "base",
-        "benchmarks.variants.registers",
-        "--seeds",
-        "1",
-        "--budget",
-        "steps:5",
-        "--judged",
-        "4",
-        "--out",
-        str(tmp_path),
-        *TINY,
-        "--batch",
-        "64",
-    ]
+    monkeypatch.setattr(pace, "ROUNDS", 2)
+    few = ["--seeds", "1", "--budget", "steps:5", "--judged", "4"]
+    line = ["base", "benchmarks.variants.registers", *few, "--out", str(tmp_path), *TINY, "--batch", "64"]
     assert compare.main(line) == 0
+    found = json.loads((tmp_path / "paces.json").read_text())
+    assert found["base"]["base"] == 1.0 and found["base"]["registers"] > 0
     assert "| registers |" in (tmp_path / "table.md").read_text()
     assert (tmp_path / "curves.png").stat().st_size > 1000
-    times = [(tmp_path / f"{name}-1" / damage).stat().st_mtime_ns for name in ("base", "registers")]
+    kept = [tmp_path / "paces.json", *(tmp_path / f"{name}-1" / damage for name in ("base", "registers"))]
+    times = [path.stat().st_mtime_ns for path in kept]
     capsys.readouterr()
     assert compare.main(line) == 0
-    assert times == [(tmp_path / f"{name}-1" / damage).stat().st_mtime_ns for name in ("base", "registers")]
+    assert times == [path.stat().st_mtime_ns for path in kept]
     assert "trained" not in capsys.readouterr().out
 
 

@@ -3,7 +3,8 @@
 Each variant is trained with each seed (`train`), two at a time on two cores, and judged on the same scenes; runs that
 are there are not made again, and one that was cut off goes on. A table compares each with the base, paired by seed and
 scene: held-out loss at equal steps, equal floating-point operations and equal time, and how often the pictures are
-right, with 95 % bootstrap intervals. OUT/table.md and OUT/curves.png.
+right, with 95 % bootstrap intervals. OUT/table.md and OUT/curves.png. The budget is best given in steps or operations:
+beside other work a machine's seconds are of unequal worth. How long a step takes is measured apart, in turn (`pace`).
 """
 
 import argparse
@@ -25,6 +26,7 @@ from PIL import Image, ImageDraw
 from benchmarks.emoji import data, train
 from benchmarks.emoji.evaluate import KINDS, draw
 from benchmarks.emoji.judge import judge
+from benchmarks.emoji.pace import paces
 from benchmarks.emoji.scenes import random_scene
 from mmdit import Pipeline, variants
 
@@ -40,10 +42,15 @@ class Curve(NamedTuple):
     lines: list[dict[str, Any]]
     losses: np.ndarray  # (measurements, scenes)
     right: dict[str, list[bool]]  # of each kind of scene, which pictures are right
+    pace: float = 1.0  # time of a step, in steps of the base
+
+    def amounts(self, unit: str) -> list[float]:
+        """At each measurement: the steps, the flops, or the time in steps of the base."""
+        return [line["step"] * self.pace if unit == "time" else line[unit] for line in self.lines]
 
     def at(self, unit: str, amount: float) -> np.ndarray:
-        """The held-out losses `(scenes,)` after so many steps, flops or seconds, between two measurements by a line."""
-        x = [line[unit] for line in self.lines]
+        """The held-out losses `(scenes,)` after so many steps, flops or time, between two measurements by a line."""
+        x = self.amounts(unit)
         i = min(max(int(np.searchsorted(x, amount)), 1), len(x) - 1) if len(x) > 1 else 0
         if len(x) == 1:
             return self.losses[0]
@@ -113,11 +120,11 @@ def judge_run(folder: Path, variant: str | None, count: int) -> dict[str, list[b
     return found
 
 
-def curve_of(folder: Path, right: dict[str, list[bool]]) -> Curve:
+def curve_of(folder: Path, right: dict[str, list[bool]], pace: float) -> Curve:
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     with np.load(folder / "heldout.npz") as file:
         losses = np.stack([file[str(line["step"])].mean(1) for line in lines])
-    return Curve(json.loads((folder / "run.json").read_text()), lines, losses, right)
+    return Curve(json.loads((folder / "run.json").read_text()), lines, losses, right, pace)
 
 
 # ---- telling -------------------------------------------------------------------------------------
@@ -126,18 +133,17 @@ def curve_of(folder: Path, right: dict[str, list[bool]]) -> Curve:
 def table(runs: dict[str, list[Curve]]) -> str:
     """Markdown, the base first; differences are to the base with the same seed, less is better."""
     base = next(iter(runs.values()))
-    units, every = ("step", "flops", "seconds"), [c for curves in runs.values() for c in curves]
-    ends = {unit: min(c.lines[-1][unit] for c in every) for unit in units}
+    units, every = ("step", "flops", "time"), [c for curves in runs.values() for c in curves]
+    ends = {unit: min(c.amounts(unit)[-1] for c in every) for unit in units}
     rows = [
         "| variant | numbers | GFLOP a sample | time of a step | loss | at equal steps | at equal FLOPs | "
         f"at equal time | {' | '.join(JUDGED)} |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |" + " ---: |" * len(JUDGED),
     ]  # fmt: skip
     for name, curves in runs.items():
-        told, pace = curves[0].told, [c.told["seconds"] / c.told["steps"] for c in curves]
-        base_pace = [c.told["seconds"] / c.told["steps"] for c in base]
+        told = curves[0].told
         cells = [name, f"{told['parameters']:,}", f"{told['flops_a_step'] / told['batch'] / 1e9:.2f}",
-                 f"{np.mean(pace) / np.mean(base_pace):.2f}"]  # fmt: skip
+                 f"{curves[0].pace:.2f}"]  # fmt: skip
         cells.append(f"{np.mean([c.at('step', ends['step']).mean() for c in curves]):.4f}")
         for unit in units:
             differences = np.stack([c.at(unit, ends[unit]) - b.at(unit, ends[unit]) for c, b in zip(curves, base)])
@@ -188,7 +194,7 @@ def main(arguments: Any = None) -> int:
         "variants", nargs="+", help="`base`, files or modules; the first is what others are compared with"
     )
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--budget", default="7min", help="of each run, as `train` takes it")
+    parser.add_argument("--budget", default="steps:1100", help="of each run, as `train` takes it")
     parser.add_argument("--judged", type=int, default=100, help="scenes judged of each kind")
     parser.add_argument("--out", type=Path, default=Path("out/variants"))
     parser.add_argument(
@@ -199,15 +205,18 @@ def main(arguments: Any = None) -> int:
     known = {"base" if text == "base" else variants.load(text).name: "" if text == "base" else text
              for text in args.variants}  # fmt: skip
     jobs = [(name, text, seed) for seed in range(1, args.seeds + 1) for name, text in known.items()]
-    own = train.parser_of().parse_args(args.more)
+    own = train.parser_of().parse_args([*args.more, "--data", str(args.out)])
+    own.device = train.device_of(own.device)
     data.provide(args.out, own.size, torch.device("cpu"), own.scenes)  # once, not by every run
     if not train_all(jobs, args):
         return 1
+    times = paces(known, own, args.out / "paces.json")
     runs = dict[str, list[Curve]]()
     for name, text in known.items():
         for seed in range(1, args.seeds + 1):
             folder = folder_of(args.out, name, seed)
-            runs.setdefault(name, []).append(curve_of(folder, judge_run(folder, text or None, args.judged)))
+            right = judge_run(folder, text or None, args.judged)
+            runs.setdefault(name, []).append(curve_of(folder, right, times[name]))
     text = table(runs)
     (args.out / "table.md").write_text(text)
     curves_picture(runs, args.out / "curves.png")

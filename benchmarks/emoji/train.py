@@ -172,6 +172,10 @@ def parser_of() -> argparse.ArgumentParser:
     return parser
 
 
+def device_of(name: str) -> str:
+    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def main(arguments: Any = None) -> int:
     parser = parser_of()
     args = parser.parse_args(arguments)
@@ -185,8 +189,7 @@ def main(arguments: Any = None) -> int:
         parser.error(f"--scenes {args.scenes}: expected more than the {data.HELD_OUT} that are held out")
     if not 0 <= args.pictures <= 8:
         parser.error(f"--pictures {args.pictures}: expected 0 to 8")
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.device = device_of(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
     args.out = args.out or Path("out/variants") / f"{variant.name or 'base'}-{args.seed}"
