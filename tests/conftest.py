@@ -1,6 +1,6 @@
 """Options of the tests, and what all of them may ask for.
 
-    pytest          a sample: of long sweeps the same few cases every time, of damaged files 40 of each kind
+    pytest          a sample: of long sweeps a few cases, of damaged files 40 of each kind; FUZZ_SEED=N takes others
     pytest --all    all cases, and 1500 damaged files of each kind
 
     pytest -m gpu   the tests that need CUDA, and no others
@@ -50,8 +50,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
+    settle()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    result = yield
+    if nextitem is not None and nextitem.path != item.path:
+        settle()
+    return result
+
+
+def settle() -> None:
+    """Let the garbage collector look no more through what is there: packages, and what they and a file's tests keep.
+
+    Else it does that again and again, for a ninth of all the time.
+    """
     gc.collect()
-    gc.freeze()  # what the packages under comparison have made is looked through no more
+    gc.freeze()
 
 
 @pytest.fixture

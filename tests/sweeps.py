@@ -1,15 +1,26 @@
 """Long sweeps: which of their cases run every time."""
 
+import os
 from collections.abc import Iterable
 from typing import Any
 
 import pytest
 
+TURN = int(os.environ.get("FUZZ_SEED", "0"))
+
 
 def sampled(cases: Iterable[Any], of: int) -> list[Any]:
-    """One of every `of` cases, the first of them, always runs; the others are marked `sweep`, and run with --all."""
-    found = []
-    for i, case in enumerate(cases):
-        values = case if isinstance(case, tuple) else (case,)
-        found.append(case if i % of == 0 else pytest.param(*values, marks=pytest.mark.sweep))
+    """One of every `of` cases runs, in CI every day another: FUZZ_SEED says which.
+
+    The others are marked `sweep`, and run with --all.
+    """
+    every, found = list(cases), []
+    turn = TURN % min(of, len(every))
+    for i, case in enumerate(every):
+        given = case if isinstance(case, PARAM) else pytest.param(*(case if type(case) is tuple else (case,)))
+        more = () if i % of == turn else (pytest.mark.sweep,)
+        found.append(pytest.param(*given.values, marks=[*given.marks, *more], id=given.id))
     return found
+
+
+PARAM = type(pytest.param(0))

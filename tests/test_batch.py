@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from reference import relative_error
+from sweeps import sampled
 from test_memory import full, planner  # noqa: F401
 from torch import Tensor
 from toys import toy_folder
@@ -97,7 +98,7 @@ def limited(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, pictures: int) 
     )
 
 
-@pytest.mark.parametrize("at_once", [100, 2])
+@pytest.mark.parametrize("at_once", sampled([100, 2], 2))
 def test_each_picture_is_the_one_it_is_alone(
     pipelines: tuple[Pipeline, Pipeline], monkeypatch: pytest.MonkeyPatch, at_once: int
 ) -> None:
@@ -274,7 +275,7 @@ def test_encoders_that_left_stay_away(pipeline: Pipeline, monkeypatch: pytest.Mo
     assert pipeline.plan.modes == everything
 
 
-@pytest.mark.parametrize(("texts", "pictures"), [(2, 3), (1, 5)])
+@pytest.mark.parametrize(("texts", "pictures"), sampled([(2, 3), (1, 5)], 2))
 def test_texts_of_their_own_take_what_is_predicted(
     full: dict[str, Network], planner: Planner, texts: int, pictures: int  # noqa: F811
 ) -> None:  # fmt: skip

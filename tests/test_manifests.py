@@ -15,6 +15,7 @@ from forms import write_gguf_holes
 from gguf import GGMLQuantizationType as Type
 from layouts import PARTS, Tensors, on_meta, write
 from manifests import golden, manifest, manifests, shapes
+from sweeps import sampled
 from torch import Tensor
 
 from mmdit.config import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM
@@ -86,7 +87,7 @@ def left_over(keys: Any, parts: tuple[str, ...], prefixes: dict[str, str] = PREF
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("suffix", sampled(SUFFIXES, 3))
 def test_single_files(tmp_path: Path, model: str, suffix: str) -> None:
     listed, parts = shapes(f"{model}.single_file{suffix}"), PARTS[: SUFFIXES[suffix]]
     file = write(tmp_path / "file", on_meta(listed))

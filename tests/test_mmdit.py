@@ -20,6 +20,7 @@ from reference import (
     transformer_json,
     transformers,
 )
+from sweeps import sampled
 from torch import Tensor, nn
 
 from mmdit.config import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM, TOY, MMDiTConfig
@@ -73,7 +74,7 @@ def test_velocity_is_that_of_diffusers(
     assert relative_error(velocity, diffusers_velocity(theirs, inputs)) <= 1e-5
 
 
-@pytest.mark.parametrize("config", [TOY, PLAIN, replace(TOY, depth=4, dual_attention_blocks=(0, 1))])
+@pytest.mark.parametrize("config", sampled([TOY, PLAIN, replace(TOY, depth=4, dual_attention_blocks=(0, 1))], 3))
 def test_bfloat16_is_as_near_to_the_exact_velocity_as_diffusers_is(config: MMDiTConfig) -> None:
     """Errors of both in bfloat16 against float64 with the same rounded weights, mean over seeds."""
     ours_off, theirs_off = [], []
@@ -114,7 +115,9 @@ def test_batch_is_its_samples_one_by_one() -> None:
     assert relative_error(ours(*inputs), singles) <= 1e-6
 
 
-@pytest.mark.parametrize("config", [KINDS, replace(KINDS, dual_attention_blocks=(1, 2)), replace(PLAIN, depth=3)])
+@pytest.mark.parametrize(
+    "config", sampled([KINDS, replace(KINDS, dual_attention_blocks=(1, 2)), replace(PLAIN, depth=3)], 3)
+)
 def test_every_weight_matters_in_these_comparisons(config: MMDiTConfig) -> None:
     """Without any one matrix, bias, norm or third of a modulation, diffusers' velocity is another."""
     _, theirs = transformers(config)

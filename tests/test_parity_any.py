@@ -5,6 +5,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from sweeps import sampled
 
 from benchmarks import parity, random_checkpoint
 from weights.convert import convert
@@ -13,7 +14,7 @@ TOKENIZERS = Path(__file__).parent / "data" / "tokenizers.tar.xz"
 SMALL = ["--width", "64", "--height", "64", "--steps", "2", "--t5-length", "20"]
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp8-scaled"])
+@pytest.mark.parametrize("dtype", sampled(["bf16", "fp8-scaled"], 2))
 def test_a_single_file_beside_diffusers(
     dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

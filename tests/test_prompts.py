@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from sweeps import sampled
 from toys import Ran, toy_folder
 
 from mmdit.driver import output
@@ -339,7 +340,7 @@ def test_somebody_else_is_faster(desk: Desk, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.usefixtures("interrupts")
-@pytest.mark.parametrize("how", [pytest.param(signal.SIGINT, marks=pytest.mark.sweep), signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("how", sampled([signal.SIGKILL, signal.SIGTERM, signal.SIGINT], 3))
 def test_a_killed_process(desk: Desk, how: signal.Signals) -> None:
     """At its first picture: whole pictures only, and the next run draws the others."""
     path = desk.list([{"prompt": f"a horse {i}", "width": 16 * (i % 8 + 1), "steps": 8} for i in range(16)])

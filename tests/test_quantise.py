@@ -7,6 +7,7 @@ import pytest
 import torch
 from reference import relative_error
 from safetensors.torch import save_file
+from sweeps import sampled
 from torch import Tensor, nn
 from toys import toy_folder
 
@@ -78,7 +79,7 @@ def test_only_the_matrices_of_the_blocks_are_in_8_bits(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", sampled(["fp32", "bf16"], 2))
 def test_the_velocity_is_near_in_every_plan(folder: Path, kind: str, dtype: str) -> None:
     """And the same bit for bit, whether the matrices stay or come block by block."""
     exact = velocity(Pipeline.load(folder, dtype="fp32", device="cpu"))

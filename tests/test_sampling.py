@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from reference import relative_error
+from sweeps import sampled
 from toys import toy_folder
 
 from mmdit.common.errors import SettingsError
@@ -106,7 +107,7 @@ def test_other_programs_read_the_names() -> None:
 # ---- pictures --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", sampled(SOLVERS, 2))
 def test_a_batch_is_its_singles(pipeline: Pipeline, name: str) -> None:
     """Each picture has its own solver, and its own noise where that takes some; four steps as the solver is called."""
     both = traced(pipeline, sampler=name, schedule="sgm_uniform", steps=4, count=2, seed=5, cfg=1)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 from served import SMALL, Served, file_of, gated, httpx2, openai, pipeline, scene, sent, serving, wait
+from sweeps import sampled
 
 from mmdit.common.errors import SettingsError
 from mmdit.driver.stages import NotFiniteError
@@ -55,7 +56,7 @@ OF_FILES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", OF_FILES)
+@pytest.mark.parametrize("name", sampled(OF_FILES, 3))
 def test_no_request_names_a_file(served: Served, secret: Path, name: str) -> None:
     """Neither of JSON nor of a form; `model` is a word without meaning there."""
     for value in (str(secret), [str(secret)], f"file://{secret}", "https://example.org/a.png"):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from sweeps import sampled
 from test_attention import draw, written_out
 from test_memory import RUNGS
 from toys import toy_folder
@@ -46,7 +47,7 @@ def far(one: Any, other: Any) -> int:
     return int(np.abs(np.asarray(one, int) - np.asarray(other, int)).max())
 
 
-@pytest.mark.parametrize("modes", RUNGS)
+@pytest.mark.parametrize("modes", sampled(RUNGS, 2))
 def test_one_pipeline_in_three_threads(model: Path, modes: dict) -> None:
     """Pictures of three sizes, single and in lists, in every plan: each is the one that it is alone."""
     pipeline = Pipeline.load(model, dtype="fp32", device="cpu")

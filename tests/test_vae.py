@@ -9,6 +9,7 @@ import pytest
 import torch
 from manifests import manifest, meta, shapes
 from reference import VAEPair, autoencoders, relative_error, rounded, vae_json
+from sweeps import sampled
 from torch import Tensor, nn
 
 from vae.autoencoder import SD3_VAE, TOY_VAE, Autoencoder, VAEConfig
@@ -79,7 +80,7 @@ def test_faint_signals_are_those_of_diffusers() -> None:
     assert relative_error(pair.ours.decode(latent), _decode(pair.theirs, TOY_VAE, latent)) <= 1e-5
 
 
-@pytest.mark.parametrize("config", [TWO_LAYERS, OTHER_GROUPS])
+@pytest.mark.parametrize("config", sampled([TWO_LAYERS, OTHER_GROUPS], 2))
 def test_every_weight_matters_in_these_comparisons(config: VAEConfig) -> None:
     """Without any one matrix, bias or norm, diffusers' latent or picture is another."""
     model = copy.deepcopy(autoencoders(config).theirs)
@@ -103,7 +104,7 @@ def test_every_weight_matters_in_these_comparisons(config: VAEConfig) -> None:
     assert not idle
 
 
-@pytest.mark.parametrize("config", [TOY_VAE, TWO_LAYERS])
+@pytest.mark.parametrize("config", sampled([TOY_VAE, TWO_LAYERS], 2))
 def test_bfloat16_is_as_near_to_the_exact_result_as_diffusers_is(config: VAEConfig) -> None:
     """Errors of both in bfloat16 against float64 with the same rounded weights, mean over seeds."""
     off: dict[str, list[float]] = {"ours": [], "theirs": []}

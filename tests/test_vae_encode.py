@@ -7,6 +7,7 @@ import pytest
 import torch
 from live_storages import LiveStorages
 from reference import autoencoders, relative_error, rounded
+from sweeps import sampled
 from test_vae import RGBA, _encode, _image
 from test_vae_strips import FEW_GROUPS, WIDENING, many
 from torch import Tensor
@@ -62,7 +63,7 @@ def test_in_float64_only_the_last_digits_differ(config: VAEConfig, h: int, w: in
     assert relative_error(encode_in_strips(exact, image, rows, store="cpu")[0], exact.encode(image)[0]) <= 1e-13
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", sampled([torch.bfloat16, torch.float16], 2))
 def test_half_precision_is_as_near_to_the_exact_result_as_the_plain_encode(dtype: torch.dtype) -> None:
     plain, stripped = [], []
     for seed in range(3):
@@ -95,15 +96,20 @@ def test_strips_without_rows_are_refused() -> None:
 # ---- memory --------------------------------------------------------------------------------------
 
 
+COUNTED = [
+    *((SD3_VAE, 512, 384, rows, torch.bfloat16) for rows in (None, 8)),
+    (SD3_VAE, 512, 384, 32, torch.float32),
+    *((TOY_VAE, 256, 128, rows, torch.float32) for rows in (None, 31, 4, 2)),
+    *((WIDENING, 128, 64, rows, torch.float32) for rows in (None, 7)),
+]
+
+
 @pytest.mark.parametrize(
     ("config", "height", "width", "rows", "dtype"),
     [
-        *((SD3_VAE, 512, 384, rows, torch.bfloat16) for rows in (None, 8)),
+        *sampled(COUNTED, 3),
         *(many(SD3_VAE, 1024, 1024, rows, torch.bfloat16) for rows in (None, 64, 13)),
         many(SD3_VAE, 1920, 1024, 48, torch.bfloat16),
-        (SD3_VAE, 512, 384, 32, torch.float32),
-        *((TOY_VAE, 256, 128, rows, torch.float32) for rows in (None, 31, 4, 2)),
-        *((WIDENING, 128, 64, rows, torch.float32) for rows in (None, 7)),
     ],
 )
 def test_predicted_peaks_are_those_counted(

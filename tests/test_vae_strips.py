@@ -9,6 +9,7 @@ import pytest
 import torch
 from live_storages import LiveStorages
 from reference import autoencoders, relative_error, rounded
+from sweeps import sampled
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -43,7 +44,7 @@ def _no_grad() -> Iterator[None]:
 # ---- the same picture ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("config", "h", "w", "batch", "rows"), [*CASES, FULL])
+@pytest.mark.parametrize(("config", "h", "w", "batch", "rows"), [*sampled(CASES, 3), FULL])
 def test_strips_are_the_plain_decode_and_that_of_diffusers(
     config: VAEConfig, h: int, w: int, batch: int, rows: int
 ) -> None:
@@ -54,7 +55,7 @@ def test_strips_are_the_plain_decode_and_that_of_diffusers(
     assert relative_error(picture, ours.decode(latent)) <= 1e-5
 
 
-@pytest.mark.parametrize(("config", "h", "w", "batch", "rows"), [*CASES, pytest.param(*FULL, marks=pytest.mark.sweep)])
+@pytest.mark.parametrize(("config", "h", "w", "batch", "rows"), sampled([*CASES, FULL], 3))
 def test_in_float64_only_the_last_digits_differ(config: VAEConfig, h: int, w: int, batch: int, rows: int) -> None:
     """What is not rounding, a wrong edge of one strip say, is far above 1e-13; rounding is below."""
     exact = copy.deepcopy(autoencoders(config).ours).double()
@@ -63,7 +64,8 @@ def test_in_float64_only_the_last_digits_differ(config: VAEConfig, h: int, w: in
 
 
 @pytest.mark.parametrize(
-    ("config", "dtype"), [(TOY_VAE, torch.bfloat16), (FEW_GROUPS, torch.bfloat16), (TOY_VAE, torch.float16)]
+    ("config", "dtype"),
+    sampled([(TOY_VAE, torch.bfloat16), (FEW_GROUPS, torch.bfloat16), (TOY_VAE, torch.float16)], 3),
 )
 def test_half_precision_is_as_near_to_the_exact_result_as_the_plain_decode(
     config: VAEConfig, dtype: torch.dtype
@@ -158,21 +160,26 @@ def many(*case: Any) -> Any:
     return pytest.param(*case, marks=pytest.mark.sweep)
 
 
+COUNTED = [
+    *((SD3_VAE, 512, 512, rows, torch.bfloat16) for rows in (None, 40)),
+    (TOY_VAE, 64, 256, 3, torch.float32),
+    (SD3_VAE, 192, 256, 8, torch.bfloat16),
+    *((TOY_VAE, 256, 256, rows, torch.float32) for rows in (None, 31)),
+    (SD3_VAE, 1024, 1024, 64, torch.float32),
+    *((WIDENING, 128, 64, rows, torch.float32) for rows in (None, 7)),
+    (TOY_VAE, 128, 256, 1, torch.float32),
+]
+
+
 @pytest.mark.parametrize(
     ("config", "height", "width", "rows", "dtype"),
     [
-        *((SD3_VAE, 512, 512, rows, torch.bfloat16) for rows in (None, 40)),
-        (SD3_VAE, 192, 256, 8, torch.bfloat16),
+        *sampled(COUNTED, 3),
         many(SD3_VAE, 512, 512, 8, torch.bfloat16),
         *(many(SD3_VAE, 1024, 1024, rows, torch.bfloat16) for rows in (None, 64, 13)),
         *(many(SD3_VAE, 1440, 1440, rows, torch.bfloat16) for rows in (None, 100, 32)),
         *(many(SD3_VAE, 1920, 1024, rows, torch.bfloat16) for rows in (None, 48)),
-        (SD3_VAE, 1024, 1024, 64, torch.float32),
-        *((TOY_VAE, 256, 256, rows, torch.float32) for rows in (None, 31)),
-        (TOY_VAE, 64, 256, 3, torch.float32),
-        (TOY_VAE, 128, 256, 1, torch.float32),
         *(many(TOY_VAE, 256, 256, rows, torch.float32) for rows in (4, 1)),
-        *((WIDENING, 128, 64, rows, torch.float32) for rows in (None, 7)),
     ],
 )
 def test_predicted_peaks_are_those_counted(

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 from toys import OneByOne, trained_here
 
-from benchmarks.emoji import compare, data
+from benchmarks import check_variant
+from benchmarks.emoji import compare, data, pace
 from benchmarks.emoji.networks import MMDIT
 from benchmarks.emoji.scenes import FONT
 
@@ -52,6 +53,8 @@ def test_every_command_of_the_page_does_what_it_says(
     monkeypatch.chdir(place)
     monkeypatch.setattr(data, "HELD_OUT", 10)
     monkeypatch.setattr(compare, "ThreadPoolExecutor", OneByOne)
+    monkeypatch.setattr(compare, "STEPS", 2)
+    monkeypatch.setattr(pace, "ROUNDS", 2)
     for command in COMMANDS:
         _, module, *rest = command.replace('"a horse"', "horse").split()
         if module == "benchmarks.emoji.compare" and not FONT.exists():
@@ -68,6 +71,7 @@ def test_every_command_of_the_page_does_what_it_says(
             assert import_module(module).main(words) == 0, command
         said = capsys.readouterr().out
         assert "FAIL" not in said and (module != "benchmarks.emoji.compare" or "| mine |" in said), command
+        assert module != "benchmarks.check_variant" or said.count("ok  ") == len(check_variant.CHECKS), command
     assert (place / "out" / "pictures" / "a-horse-0.png").exists()
 
 
