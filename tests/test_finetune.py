@@ -27,6 +27,7 @@ from mmdit.finetune.lora import JOINT_ATTENTION, Lora, targets
 from mmdit.finetune.options import FocusTuning
 from mmdit.finetune.state import Files, picked, seeded, undivided
 from mmdit.maps import Look, recording
+from mmdit.memory.planner import Planner
 from mmdit.memory.residency import Mode
 from mmdit.model import MMDiT
 from samplers.focus import COSTS
@@ -191,6 +192,17 @@ def test_memory_changes_nothing(bench: Bench, folder: Path, loss: str) -> None:
     assert (
         relative_error(torch.cat([p.grad.flatten() for p in run.lora.parameters() if p.grad is not None]), grads) < 1e-4
     )
+
+
+def test_adapters_are_in_the_plan(bench: Bench, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they, their gradients and Adam's means take after a step, the plan that is trained by leaves to them."""
+    plan, asked = Planner.plan, list[tuple[bool, int]]()
+    monkeypatch.setattr(Planner, "plan", lambda own, *told: asked.append((told[0].steep, told[1])) or plan(own, *told))
+    run = focus_run(bench, folder, memory="3GB")
+    run.update()
+    kept = [p for parameter in run.lora.parameters() for p in (parameter, parameter.grad)]
+    kept += [state[name] for state in run.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    assert asked[-1] == (True, 3 * 10**9 - sum(tensor.nbytes for tensor in kept))
 
 
 def test_adjoints_are_the_gradient_of_what_is_drawn(

@@ -235,6 +235,19 @@ def test_maps_of_a_picture_in_two_passes_are_the_seconds(pipeline: Pipeline) -> 
         pipeline.attention_at(PROMPT, 5, 5, upscale=1.5)
 
 
+def test_maps_of_a_region_lie_in_it(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a picture whose lower right corner is drawn anew: its sheet shows that corner."""
+    init, mask = Image.new("RGB", (160, 128), "white"), Image.new("L", (160, 128))
+    mask.paste(255, (120, 104, 160, 128))
+    given: dict[str, Any] = {"init": init, "mask": mask, "mask_crop": 8, "mask_blur": 0, "width": 96, "height": 64}
+    (found,) = pipeline.attention_maps(PROMPT, "horse", **given)
+    assert found.image.size == (160, 128) and found.place == (112, 96, 160, 128)
+    monkeypatch.setattr("mmdit.driver.attention.sheet", lambda image, *_: image)
+    assert found.sheet().tobytes() == found.image.crop((112, 96, 160, 128)).tobytes()
+    with pytest.raises(SettingsError, match="attention_at: mask_crop is given"):
+        pipeline.attention_at(PROMPT, 5, 5, **given)
+
+
 def test_steps_that_ask_nothing_have_no_maps(pipeline: Pipeline) -> None:
     (found,) = pipeline.attention_maps(PROMPT, "horse", cfg_zero=True)
     assert found.steps == (1, 2, 3) and len(found.maps["horse"]) == 3

@@ -8,7 +8,9 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from mmdit.driver.pictures import place_of
 from mmdit.driver.watch import Drawn, Encoded, Stepped, Watcher
+from mmdit.images.shape import Box
 
 _STRIP, _GAP, _LINE = 8, 8, 16  # steps shown; pixels
 _LEAST, _MOST = 256, 512  # pixels of the picture's longer side
@@ -22,11 +24,12 @@ class AttentionMaps:
     image: Image.Image
     maps: dict[str, Tensor]  # of each subject, (steps, blocks, rows, columns): the mean of its tokens and of the heads
     steps: tuple[int, ...]  # which these are, counted from 0: a step that asks nothing of the network has none
+    place: Box  # of the maps in the picture, in pixels: with `mask_crop` a part of it
 
     def sheet(self) -> Image.Image:
-        """As `--attention-maps` writes it."""
+        """As `--attention-maps` writes it: of that part."""
         maps = {name: [step.mean(0) for step in steps] for name, steps in self.maps.items()}
-        return sheet(self.image, maps, self.steps)
+        return sheet(self.image.crop(self.place), maps, self.steps)
 
 
 @dataclass
@@ -60,7 +63,8 @@ class Attention(Watcher):
         seen = self._seen.pop(event.index)
         if seen:
             maps = {name: torch.stack([*steps.values()]).cpu() for name, steps in seen.items()}
-            self.done[event.index] = AttentionMaps(event.image, maps, tuple(next(iter(seen.values()))))
+            steps = tuple(next(iter(seen.values())))
+            self.done[event.index] = AttentionMaps(event.image, maps, steps, place_of(event.settings))
 
 
 def sheet(image: Image.Image, maps: Mapping[str, Sequence[Tensor]], numbers: Sequence[int]) -> Image.Image:

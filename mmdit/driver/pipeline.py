@@ -226,12 +226,12 @@ class Pipeline(Stages):
     def attention_at(self, prompt: str, x: int, y: int, **keywords: Any) -> Place:
         """Draw one picture, and keep what the place at these pixels attends to: words, and the rest of the picture.
 
-        keywords: those of a call, but for count, focus and upscale. A solver that asks twice a step has two steps here
-        for each. Raises one of USER_ERRORS.
+        keywords: those of a call, but for count, focus, upscale and mask_crop. A solver that asks twice a step has two
+        steps here for each. Raises one of USER_ERRORS.
         """
         s = replace(self.check(self.asked({"prompt": prompt, **keywords})), count=1)
         assert s.width and s.height
-        for name in ("focus", "upscale"):
+        for name in ("focus", "upscale", "mask_crop"):
             if getattr(s, name) is not None:
                 raise SettingsError(f"attention_at: {name} is given: expected a picture without it")
         if not (0 <= x < s.width and 0 <= y < s.height):

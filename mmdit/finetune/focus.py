@@ -29,7 +29,7 @@ from mmdit.driver.sampling import sigmas_of
 from mmdit.driver.settings import Settings
 from mmdit.driver.texts import encode, texts_of
 from mmdit.finetune import adjoint
-from mmdit.finetune.lora import JOINT_ATTENTION, Lora, targets
+from mmdit.finetune.lora import JOINT_ATTENTION, Lora, taken, targets
 from mmdit.finetune.options import FocusTuning
 from mmdit.finetune.state import Files, Log, picked, read, save, seeded, undivided
 from mmdit.maps import Look
@@ -114,8 +114,11 @@ class Focus:
         self.levels = sigmas_of(every[0], self.pipe.shift).tolist()
         self.steps = adjoint.steps_of(self.levels)
         self.job = self.pipe.job(every[0])
-        self.plan = self.pipe.plan_for(self.job)
         transformer, device = self.pipe.transformer, self.pipe.device
+        self.pipe.beside = taken(transformer, adapted, options.rank)
+        self.plan = self.pipe.plan_for(self.job)
+        with self.pipe.turn:
+            self.pipe.follow(self.plan, self.job)
         self.lora = Lora(transformer, adapted, options.rank, options.strength, device, options.seed)
         self.optimizer = torch.optim.Adam(self.lora.parameters(), lr=options.rate, betas=_BETAS)
         self.iteration, self.at_once, self.usual = 0, self.plan.batch, 0.0  # usual: length of a gradient

@@ -52,6 +52,15 @@ def targets(model: nn.Module, pattern: str) -> list[Target]:
     return [Target(name, tuple(own[i] for i in sorted(own))) for name, own in parts.items()]
 
 
+def taken(model: nn.Module, targets: Sequence[Target], rank: int) -> int:
+    """Bytes on the device of the adapters of these layers while they are trained.
+
+    In float32: the matrices, their gradients, and Adam's two means of each.
+    """
+    layers: list[Any] = [(target, model.get_submodule(target.module)) for target in targets]
+    return 4 * 4 * rank * sum(len(target.parts) * layer.in_features + layer.out_features for target, layer in layers)
+
+
 class Lora:
     """Adapters of some layers of a model, float32, which change nothing until they are trained."""
 
