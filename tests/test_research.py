@@ -328,7 +328,8 @@ def test_a_comparison_trains_what_is_missing_only(
     monkeypatch.setattr(
         subprocess, "run", lambda line, **more: trained_here(line, **more) if "base-1" in line[4] else own(line, **more)
     )
-    monkeypatch.setattr(compare, "ThreadPoolExecutor", OneByOne)
+    for pool in ("ThreadPoolExecutor", "ProcessPoolExecutor"):
+        monkeypatch.setattr(compare, pool, OneByOne)
     monkeypatch.setattr(data, "HELD_OUT", 256)  # as in that process
     (tmp_path / "scenes-16-400.safetensors").write_bytes((scenes / "scenes-16-400.safetensors").read_bytes())
     monkeypatch.setattr(compare, "draw", lambda *given: np.zeros((len(given[1]), 8, 8, 3), np.uint8))

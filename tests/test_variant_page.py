@@ -52,7 +52,8 @@ def test_every_command_of_the_page_does_what_it_says(
     """In the page's order, in a folder that is not the clone; the one that draws in a process of its own."""
     monkeypatch.chdir(place)
     monkeypatch.setattr(data, "HELD_OUT", 10)
-    monkeypatch.setattr(compare, "ThreadPoolExecutor", OneByOne)
+    for pool in ("ThreadPoolExecutor", "ProcessPoolExecutor"):
+        monkeypatch.setattr(compare, pool, OneByOne)
     monkeypatch.setattr(compare, "STEPS", 2)
     monkeypatch.setattr(pace, "ROUNDS", 2)
     for command in COMMANDS:

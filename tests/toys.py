@@ -37,14 +37,14 @@ def trained_here(line: list[str], stdout: Any, **_: Any) -> CompletedProcess:
 
 
 class OneByOne:
-    """A pool of threads without threads: signals are for the main one."""
+    """A pool of threads or processes without any: signals are for the main one."""
 
-    def __init__(self, _: int) -> None: ...
+    def __init__(self, *_: object) -> None: ...
 
     def __enter__(self) -> "OneByOne":
         return self
 
     def __exit__(self, *_: object) -> None: ...
 
-    def map(self, work: Callable[[Any], Any], items: Iterable[Any]) -> Iterable[Any]:
-        return map(work, items)
+    def map(self, work: Callable[..., Any], *items: Iterable[Any]) -> Iterable[Any]:
+        return map(work, *items)

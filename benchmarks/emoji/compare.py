@@ -1,6 +1,6 @@
 """What variants gain: `python -m benchmarks.emoji.compare base benchmarks/variants/rope.py ... --seeds 3`.
 
-Each variant is trained with each seed (`train`), two at a time on two cores, and judged on the same scenes; runs that
+Each variant is trained with each seed (`train`) and judged on the same scenes, two at a time on two cores; runs that
 are there are not made again, and one that was cut off goes on. A table compares each with the base, paired by seed and
 scene: held-out loss at equal steps, equal floating-point operations and equal time, and how often the pictures are
 right, with 95 % bootstrap intervals. OUT/table.md and OUT/curves.png. The budget is best given in steps or operations:
@@ -9,11 +9,12 @@ beside other work a machine's seconds are of unequal worth. How long a step take
 
 import argparse
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -29,6 +30,7 @@ from benchmarks.emoji.judge import judge
 from benchmarks.emoji.pace import paces
 from benchmarks.emoji.scenes import random_scene
 from mmdit import Pipeline, variants
+from mmdit.common.files import beside, put
 
 JUDGED = ("one subject", "two, each in its place", "two never seen together", "three")
 SEED, STEPS, CFG, AT_ONCE = 500_000, 14, 3.0, 25
@@ -116,8 +118,18 @@ def judge_run(folder: Path, variant: str | None, count: int) -> dict[str, list[b
             pictures = draw(pipe, [scene.caption for scene in some], settings)
             right += [bool(kind.right(s, judge(p, len(s.nouns)))) for s, p in zip(some, pictures)]
         found[name] = right
-    path.write_text(json.dumps(found) + "\n")
+    with beside(path) as partial:
+        partial.write_text(json.dumps(found) + "\n")
+        put(partial, path)
     return found
+
+
+def judge_all(jobs: Sequence[tuple[str, str, int]], args: argparse.Namespace) -> list[dict[str, list[bool]]]:
+    """`judge_run` of every run, as many at a time as are trained, each by a process with one thread."""
+    spawn, one = multiprocessing.get_context("spawn"), (1,)  # a copy of this process would have its threads' locks
+    with ProcessPoolExecutor(args.at_once, spawn, torch.set_num_threads, one) as pool:
+        folders = [folder_of(args.out, name, seed) for name, _, seed in jobs]
+        return list(pool.map(judge_run, folders, [file or None for _, file, _ in jobs], [args.judged] * len(jobs)))
 
 
 def curve_of(folder: Path, right: dict[str, list[bool]], pace: float) -> Curve:
@@ -211,12 +223,9 @@ def main(arguments: Any = None) -> int:
     if not train_all(jobs, args):
         return 1
     times = paces(known, own, args.out / "paces.json")
-    runs = dict[str, list[Curve]]()
-    for name, text in known.items():
-        for seed in range(1, args.seeds + 1):
-            folder = folder_of(args.out, name, seed)
-            right = judge_run(folder, text or None, args.judged)
-            runs.setdefault(name, []).append(curve_of(folder, right, times[name]))
+    runs = {name: list[Curve]() for name in known}
+    for (name, _, seed), right in zip(jobs, judge_all(jobs, args)):
+        runs[name].append(curve_of(folder_of(args.out, name, seed), right, times[name]))
     text = table(runs)
     (args.out / "table.md").write_text(text)
     curves_picture(runs, args.out / "curves.png")
