@@ -16,7 +16,7 @@ from benchmarks.emoji.export import export
 from benchmarks.emoji.groupnorm import speed_up
 from benchmarks.emoji.judge import Verdict, failure, interval, judge
 from benchmarks.emoji.lean import lean_attention, lean_norms
-from benchmarks.emoji.optimizer import orthogonalise
+from benchmarks.emoji.optimizer import Muon, orthogonalise
 from benchmarks.emoji.pool import provide_tokenizers
 from benchmarks.emoji.scenes import (
     COLOURS,
@@ -210,9 +210,29 @@ def test_lean_attention_has_pytorchs_gradients() -> None:
 def test_orthogonalised_matrices_have_singular_values_near_one() -> None:
     torch.manual_seed(0)
     for shape in ((20, 50), (50, 20)):
-        values = torch.linalg.svdvals(orthogonalise(torch.randn(shape)).float())
+        values = torch.linalg.svdvals(orthogonalise(torch.randn(3, *shape)).float())
         assert values.min() > 0.5
         assert values.max() < 1.3
+
+
+def test_muon_steps_each_matrix_as_if_it_were_alone() -> None:
+    """By the formula, in float32 but for the orthogonal matrix; of several shapes, and a convolution among them."""
+    torch.manual_seed(0)
+    shapes, (rate, momentum, decay) = ((20, 50), (50, 20), (20, 50), (20, 10, 5, 1), (8, 8)), (0.1, 0.95, 0.01)
+    parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    expected, means = [p.detach().clone() for p in parameters], [torch.zeros(shape) for shape in shapes]
+    muon = Muon(parameters, lr=rate, momentum=momentum, decay=decay)
+    for step in range(3):
+        for i, p in enumerate(parameters):
+            p.grad = torch.randn(p.shape) if (step, i) != (1, 4) else None
+            if p.grad is None:
+                continue
+            means[i] = momentum * means[i] + p.grad
+            matrix = orthogonalise((p.grad + momentum * means[i]).flatten(1)[None])[0].view_as(p).float()
+            expected[i] = (1 - rate * decay) * expected[i] - 0.2 * max(p.flatten(1).shape) ** 0.5 * rate * matrix
+        muon.step()
+        for p, one in zip(parameters, expected):
+            assert torch.allclose(p, one, atol=0.02 * rate)
 
 
 @needs_font

@@ -18,30 +18,41 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
         for group in self.param_groups:
+            alike = dict[torch.Size, list[nn.Parameter]]()  # together, since one alone is too small to be quick
             for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["momentum"] = torch.zeros_like(p)
-                state["momentum"].mul_(group["momentum"]).add_(p.grad)
-                direction = p.grad + group["momentum"] * state["momentum"]
-                matrix = orthogonalise(direction.flatten(1))
-                scale = 0.2 * max(matrix.shape) ** 0.5
-                p.mul_(1.0 - group["lr"] * group["decay"])
-                p.add_(matrix.view_as(p).to(p.dtype), alpha=-group["lr"] * scale)
+                if p.grad is not None:
+                    alike.setdefault(p.flatten(1).shape, []).append(p)
+            for some in alike.values():
+                self._step(some, group["lr"], group["momentum"], group["decay"])
+
+    def _step(self, params: list[nn.Parameter], lr: float, momentum: float, decay: float) -> None:
+        """Of parameters that are matrices of one shape."""
+        grads, means = [p.grad for p in params], []
+        for p in params:
+            state = self.state[p]
+            if not state:
+                state["momentum"] = torch.zeros_like(p)
+            means.append(state["momentum"])
+        torch._foreach_mul_(means, momentum)
+        torch._foreach_add_(means, grads)
+        directions = torch._foreach_add(grads, means, alpha=momentum)
+        matrices = orthogonalise(torch.stack([direction.flatten(1) for direction in directions]))
+        scale = 0.2 * max(matrices.shape[1:]) ** 0.5
+        torch._foreach_mul_(params, 1.0 - lr * decay)
+        for p, matrix in zip(params, matrices):
+            p.add_(matrix.view_as(p).to(p.dtype), alpha=-lr * scale)
 
 
-def orthogonalise(matrix: Tensor) -> Tensor:
-    """The matrix `(m, n)` with all its singular values brought near 1, in bfloat16."""
-    x = matrix.bfloat16()
-    wide = x.shape[0] <= x.shape[1]
-    x = x if wide else x.T
-    x = x / (x.norm() + 1e-7)
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """Matrices `(B, m, n)` with all their singular values brought near 1, in bfloat16."""
+    x = matrices.bfloat16()
+    wide = x.shape[1] <= x.shape[2]
+    x = x if wide else x.mT.contiguous()
+    x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
     for _ in range(5):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x if wide else x.T
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x if wide else x.mT
 
 
 class Both:

@@ -93,8 +93,7 @@ class Training:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        for copy, original in zip(self.copy.parameters(), self.model.parameters()):
-            copy.copy_(original)
+        torch._foreach_copy_(list(self.copy.parameters()), list(self.model.parameters()))
 
     @torch.no_grad()
     def averaged(self) -> Any:
