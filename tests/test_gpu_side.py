@@ -1,21 +1,16 @@
 """What a GPU alone brings about, played where there is none: errors of its libraries, budgets, compiled shapes."""
 
-import copy
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from reference import draw, transformers
 
 from benchmarks.memory import Unread
 from mmdit import cores
 from mmdit.attention import BACKENDS
-from mmdit.config import TOY
 from mmdit.driver.pipeline import NotFiniteError, Pipeline
 from mmdit.driver.settings import Settings
 from mmdit.driver.watch import Finite, Stepped
-from mmdit.kernels.compiled import compile_blocks
 from mmdit.memory.budget import DeviceMemoryError, budget_of, memory_errors
 from mmdit.memory.planner import Planner
 from mmdit.memory.residency import Mode, Network
@@ -86,26 +81,6 @@ def test_only_a_cpu_is_asked_for_its_matrix_instructions(monkeypatch: pytest.Mon
     assert BACKENDS["auto"](q, q, q).shape == (2, 1024, 3, 64)
     with pytest.raises(AssertionError):
         BACKENDS["auto"](*[torch.empty(2, 1024, 3, 64, dtype=torch.bfloat16)] * 3)
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning:torch.*")
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
-@torch.no_grad()
-def test_every_size_and_batch_is_compiled() -> None:
-    """Two kinds of block in more shapes than a limit that was there allows; past a limit this raises."""
-    config = torch._dynamo.config
-    torch._dynamo.reset()
-    sides = replace(TOY, depth=2, dual_attention_blocks=(0,))
-    model = copy.deepcopy(transformers(sides)[0])
-    before, config.cache_size_limit = config.cache_size_limit, 2  # PyTorch's own, 8, would take minutes to pass
-    try:
-        compile_blocks(model, backend="eager")
-        with config.patch(fail_on_recompile_limit_hit=True):
-            for rows, columns, tokens, sigmas in ((10, 6, 77, (0.5,)), (4, 4, 9, (0.5, 0.1))):
-                model(*draw(sides, rows, columns, tokens, sigmas))
-    finally:
-        config.cache_size_limit = before
-        torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(("device", "told"), [("cpu", 11), ("cuda", 16)])

@@ -148,7 +148,7 @@ def test_compiled_blocks() -> None:
     """They compute by their own code meanwhile, edits included, and are compiled again after it."""
     from torch._dynamo.testing import CompileCounter
 
-    model, inputs = model_of(), given(2)
+    model, inputs = model_of(replace(SMALL, depth=1, dual_attention_blocks=())), given(2)
     velocity, maps, gradient = by_formula(model, inputs, [(2, 5)] * 2, uneven)
     counter = CompileCounter()
     compile_blocks(model, backend=counter)
