@@ -276,7 +276,7 @@ def deadly(rank: int) -> None:
 def test_four_share_a_list_and_three_are_killed(model: Path, tmp_path: Path) -> None:
     """None lost, none twice; the row that kills is given up after two of them, and listed."""
     wolf = {"prompt": "a wolf", "seed": 5, "steps": 2}
-    told = options(model, tmp_path, [*LINES[:3], wolf, *LINES[3:]], "--claim", "2")
+    told = options(model, tmp_path, [*LINES[:3], wolf, *LINES[3:]], "--claim", "4")
     ran = alone(4, told, deadly)
     assert ran.count(None) == 3, ran
     (last,) = [one for one in ran if one is not None]
