@@ -61,7 +61,7 @@ class Both:
     def __init__(self, matrices: list[nn.Parameter], others: list[nn.Parameter], decay: float) -> None:
         self.optimizers = (
             Muon(matrices, lr=0.0, decay=decay),
-            torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0),
+            torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
         )
 
     def step(self, rate: float) -> None:
