@@ -1,4 +1,4 @@
-"""SwiGLU and RMS norm at once: the best combination so far (results/leaderboard-*.md), to start from."""
+"""SwiGLU and RMS norm at once: how variants are combined."""
 
 from benchmarks.variants.rmsnorm import rmsnorm
 from benchmarks.variants.swiglu import swiglu
@@ -6,7 +6,7 @@ from mmdit.model import MMDiT
 from mmdit.variants import variant
 
 
-@variant("recipe")
-def recipe(model: MMDiT) -> None:
+@variant("swiglu_rmsnorm")
+def swiglu_rmsnorm(model: MMDiT) -> None:
     swiglu(model)
     rmsnorm(model)
