@@ -18,29 +18,23 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            alike = dict[torch.Size, list[nn.Parameter]]()  # together, since one alone is too small to be quick
+            alike = dict[torch.Size, list[tuple[nn.Parameter, Tensor]]]()  # one alone is too small to be quick
             for p in group["params"]:
                 if p.grad is not None:
-                    alike.setdefault(p.flatten(1).shape, []).append(p)
-            for some in alike.values():
-                self._step(some, group["lr"], group["momentum"], group["decay"])
+                    alike.setdefault(p.flatten(1).shape, []).append((p, self._direction(p, p.grad, group["momentum"])))
+            for shape, some in alike.items():
+                scale = 0.2 * max(shape) ** 0.5
+                matrices = orthogonalise(torch.stack([direction.flatten(1) for _, direction in some]))
+                for (p, _), matrix in zip(some, matrices):
+                    p.mul_(1.0 - group["lr"] * group["decay"])
+                    p.add_(matrix.view_as(p).to(p.dtype), alpha=-group["lr"] * scale)
 
-    def _step(self, params: list[nn.Parameter], lr: float, momentum: float, decay: float) -> None:
-        """Of parameters that are matrices of one shape."""
-        grads, means = [p.grad for p in params], []
-        for p in params:
-            state = self.state[p]
-            if not state:
-                state["momentum"] = torch.zeros_like(p)
-            means.append(state["momentum"])
-        torch._foreach_mul_(means, momentum)
-        torch._foreach_add_(means, grads)
-        directions = torch._foreach_add(grads, means, alpha=momentum)
-        matrices = orthogonalise(torch.stack([direction.flatten(1) for direction in directions]))
-        scale = 0.2 * max(matrices.shape[1:]) ** 0.5
-        torch._foreach_mul_(params, 1.0 - lr * decay)
-        for p, matrix in zip(params, matrices):
-            p.add_(matrix.view_as(p).to(p.dtype), alpha=-lr * scale)
+    def _direction(self, p: nn.Parameter, grad: Tensor, momentum: float) -> Tensor:
+        state = self.state[p]
+        if not state:
+            state["momentum"] = torch.zeros_like(p)
+        mean = state["momentum"].mul_(momentum).add_(grad)
+        return torch.add(grad, mean, alpha=momentum)
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:

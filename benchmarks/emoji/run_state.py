@@ -45,8 +45,8 @@ class Average:
     def update(self) -> None:
         self.steps += 1
         weight = 1.0 / min(self.horizon, 1 + self.steps / 10)
-        parameters = dict(self.module.named_parameters())
-        torch._foreach_lerp_([self.values[name] for name in parameters], list(parameters.values()), weight)
+        for name, parameter in self.module.named_parameters():
+            self.values[name].lerp_(parameter, weight)
 
     def state(self) -> dict[str, Tensor]:
         """Averaged parameters with the module's buffers: a whole state dict."""

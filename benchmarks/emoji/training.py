@@ -93,7 +93,8 @@ class Training:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        torch._foreach_copy_(list(self.copy.parameters()), list(self.model.parameters()))
+        for copy, original in zip(self.copy.parameters(), self.model.parameters()):
+            copy.copy_(original)
 
     @torch.no_grad()
     def averaged(self) -> Any:
