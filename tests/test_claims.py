@@ -261,7 +261,7 @@ def test_a_picture_of_two_is_written_once(tmp_path: Path) -> None:
 
 
 def deadly(rank: int) -> None:
-    """A wolf kills every process that begins it; process 0 is killed by its third picture, whatever that is."""
+    """A wolf kills every process that begins it; process 0 is killed by its third picture, if it comes to that."""
     begin, begun = Drawing._begin, []
 
     def dying(self: Drawing, alike: Any, start: Any, texts: Any, index: int) -> Any:
@@ -273,14 +273,13 @@ def deadly(rank: int) -> None:
     Drawing._begin = dying  # type: ignore[method-assign]
 
 
-def test_four_share_a_list_and_three_are_killed(model: Path, tmp_path: Path) -> None:
+def test_four_share_a_list_and_some_are_killed(model: Path, tmp_path: Path) -> None:
     """None lost, none twice; the row that kills is given up after two of them, and listed."""
     wolf = {"prompt": "a wolf", "seed": 5, "steps": 2}
     told = options(model, tmp_path, [*LINES[:3], wolf, *LINES[3:]], "--claim", "4")
     ran = alone(4, told, deadly)
-    assert ran.count(None) == 3, ran
-    (last,) = [one for one in ran if one is not None]
-    assert last.code == 0 and "; 1 are in " in last.errors[-2], last
+    assert ran.count(None) in (2, 3), ran  # how many pictures process 0 comes to is up to the others
+    assert all(one is None or (one.code == 0 and "; 1 are in " in one.errors[-2]) for one in ran), ran
     check_each_once(tmp_path / "out", NAMES)
     (line,) = map(json.loads, (tmp_path / "out" / "failed.jsonl").read_text().splitlines())
     assert {name: line[name] for name in wolf} == wolf and "died, twice" in line["error"]

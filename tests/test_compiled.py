@@ -59,7 +59,7 @@ NORMS = pytest.param(compile_norms, marks=compiler)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("way", [NORMS, followed, pytest.param(whole, marks=pytest.mark.sweep)])
+@pytest.mark.parametrize("way", [*sampled([NORMS, followed], 2), pytest.param(whole, marks=pytest.mark.sweep)])
 @pytest.mark.parametrize("config", [TWO, *(pytest.param(each, marks=pytest.mark.sweep) for each in (DEEP, PLAIN))])
 def test_float32_velocity_is_the_same(config: Any, way: Callable[[MMDiT], None]) -> None:
     """In several sizes, so that what was compiled for one is not taken for another.

@@ -166,7 +166,7 @@ def test_an_edited_model_draws_within_a_budget(edit: Edit) -> None:
     assert close(drawn(pipe), by_hand(pipe))
 
 
-@pytest.mark.parametrize("edit", EDITS[:5], ids=lambda edit: edit.__name__)
+@pytest.mark.parametrize("edit", sampled(EDITS[:5], 2), ids=lambda edit: edit.__name__)
 def test_an_edit_between_two_pictures_is_in_the_second(edit: Edit, plain: Tensor) -> None:
     pipe = Pipeline.load(dtype="fp32", editable=True)
     assert close(drawn(pipe), plain)
@@ -175,7 +175,7 @@ def test_an_edit_between_two_pictures_is_in_the_second(edit: Edit, plain: Tensor
 
 
 @pytest.mark.parametrize("memory", ["auto", "2GB"])
-@pytest.mark.parametrize("edit", [replaced_mlp, wrapped_context, zeroed], ids=lambda edit: edit.__name__)
+@pytest.mark.parametrize("edit", sampled([replaced_mlp, wrapped_context, zeroed], 3), ids=lambda edit: edit.__name__)
 def test_an_edit_of_weights_that_come_and_go_is_refused(edit: Edit, memory: str) -> None:
     """Where the weights lie at the moment, a change is in the picture; where they do not, it would be lost."""
     pipe = Pipeline.load(dtype="fp32", memory=memory)
@@ -188,7 +188,7 @@ def test_an_edit_of_weights_that_come_and_go_is_refused(edit: Edit, memory: str)
 @pytest.mark.parametrize(
     "edit", sampled([own_forward, other_method, own_attention, hooked], 2), ids=lambda edit: edit.__name__
 )
-@pytest.mark.parametrize("mode", list(Mode))
+@pytest.mark.parametrize("mode", sampled(Mode, 2))
 def test_edits_without_weights_work_in_every_plan(edit: Edit, mode: Mode, plain: Tensor) -> None:
     pipe, truth = Pipeline.load(dtype="fp32"), Pipeline.load(dtype="fp32", editable=True)
     for each in (pipe, truth):

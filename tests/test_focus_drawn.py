@@ -114,7 +114,7 @@ def apart(maps: Tensor) -> Tensor:
     return (q * ((q + 1e-10).log() - (middle + 1e-10).log())).sum(1).mean() / np.log(len(q))
 
 
-@pytest.mark.parametrize("more", [{}, {"t5": "off"}, {"t5_length": 256}, {"width": 64, "height": 160}])
+@pytest.mark.parametrize("more", sampled([{}, {"t5": "off"}, {"t5_length": 256}, {"width": 64, "height": 160}], 2))
 def test_it_is_the_released_method(folder: Path, pipeline: Pipeline, more: dict[str, Any]) -> None:
     """Every step, with its window of all steps and its gain, whose first is 2002."""
     loaded = {name: more[name] for name in more if name == "t5"}

@@ -272,7 +272,7 @@ def test_no_stage_takes_more_after_memory_ran_out_in_one(planner: Planner, gb: f
         assert planner.costs.staying(less.modes) < stayed
 
 
-@pytest.mark.parametrize("gb", [9.0, 20.0])
+@pytest.mark.parametrize("gb", sampled([9.0, 20.0], 2))
 def test_what_could_not_be_loaded_is_not_to_stay_later(planner: Planner, gb: float) -> None:
     """At 2048x2048, where a decode takes more than all weights that would stay."""
     job = Job(256, 256, 1, 28, 2, 256)

@@ -136,7 +136,7 @@ def test_comfyui_all_in_one(tmp_path: Path) -> None:
 # ---- separate files ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*ALONE, *(name for name, part in WITH_DTYPES.items() if part == "t5")])
+@pytest.mark.parametrize("name", sampled([*ALONE, *(name for name, part in WITH_DTYPES.items() if part == "t5")], 3))
 def test_parts_alone(tmp_path: Path, name: str) -> None:
     part = ALONE.get(name, "t5")
     tensors = with_dtypes(name) if name in WITH_DTYPES else on_meta(shapes(name))
@@ -199,7 +199,7 @@ FILES = [
 ]
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", sampled(FILES, 3))
 def test_gguf(tmp_path: Path, name: str) -> None:
     """Every published file: which of the 665 tensors are of which type."""
     listed = manifest(GGUF)
