@@ -1,10 +1,12 @@
 """Variants of the architecture: registered, saved, loaded, refused, drawn with; and the check of every path."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
 from textwrap import dedent
+from typing import Any
 
 import pytest
 import torch
@@ -298,6 +300,17 @@ def test_a_file_that_is_none_is_told_in_a_line(code: str, said: str, tmp_path: P
 def test_what_is_not_there_is_told(name: str, said: str, capsys: pytest.CaptureFixture) -> None:
     assert main(["a horse", "--variant", name]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_file_is_run_as_it_is_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it was changed within the second, to one of the same size, and Python keeps what it compiled."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    path, found = tmp_path / "own.py", list[Any]()
+    for number in (1, 2):
+        path.write_text(f"{HEADER}@variant('own')\ndef own(model):\n    return {number}\n")
+        os.utime(path, (1e9, 1e9))
+        found.append(variants.load(str(path)).make(None))
+    assert found == [1, 2]
 
 
 def test_a_variant_of_the_demo_draws_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
