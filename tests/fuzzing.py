@@ -22,13 +22,13 @@ import pytest
 from damage import damaged_files
 from hypothesis import HealthCheck, given, note, seed, settings
 from hypothesis import strategies as st
+from sweeps import SEED
 
 from weights import CheckpointError
 from weights.inspect import inspect
 from weights.report import report
 
 COUNT = int(os.environ.get("FUZZ", "40"))
-SEED = int(os.environ.get("FUZZ_SEED", "0"))
 MEMORY = 100 << 20  # bytes that a damaged file may cost
 ALARM = 5  # seconds: one is allowed, the rest is for a busy machine
 LONGEST = 4200  # characters of a message, with the file's name

@@ -27,6 +27,7 @@ from mmdit.finetune.lora import JOINT_ATTENTION, Lora, targets
 from mmdit.finetune.options import FocusTuning
 from mmdit.finetune.state import Files, picked, seeded, undivided
 from mmdit.maps import Look, recording
+from mmdit.memory.plan import Job, Plan
 from mmdit.memory.planner import Planner
 from mmdit.memory.residency import Mode
 from mmdit.model import MMDiT
@@ -195,14 +196,24 @@ def test_memory_changes_nothing(bench: Bench, folder: Path, loss: str) -> None:
 
 
 def test_adapters_are_in_the_plan(bench: Bench, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What they, their gradients and Adam's means take after a step, the plan that is trained by leaves to them."""
-    plan, asked = Planner.plan, list[tuple[bool, int]]()
-    monkeypatch.setattr(Planner, "plan", lambda own, *told: asked.append((told[0].steep, told[1])) or plan(own, *told))
-    run = focus_run(bench, folder, memory="3GB")
+    """What they, their gradients and Adam's means take after a step is in every stage of what is trained by."""
+    expect, plans = Planner.expect, list[Plan]()
+
+    def told(planner: Planner, nbytes: int) -> None:
+        planner._load()  # what it finds there is not of the adapters
+        plain = planner.predict(planner.ladder()[0], Job(6, 8, 3, 3, 1, 12), 1, 0)
+        expect(planner, nbytes)
+        plans.extend((plain, planner.predict(plain.modes, Job(6, 8, 3, 3, 1, 12), 1, 0)))
+
+    monkeypatch.setattr(Planner, "expect", told)
+    run = focus_run(bench, folder)
     run.update()
     kept = [p for parameter in run.lora.parameters() for p in (parameter, parameter.grad)]
     kept += [state[name] for state in run.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
-    assert asked[-1] == (True, 3 * 10**9 - sum(tensor.nbytes for tensor in kept))
+    before, after = plans
+    more = {stage: after.peaks[stage] - peak for stage, peak in before.peaks.items()}
+    assert {*more.values()} == {sum(tensor.nbytes for tensor in kept)}
+    assert run.plan.stages["denoise"].beside == after.stages["denoise"].beside
 
 
 def test_adjoints_are_the_gradient_of_what_is_drawn(

@@ -241,7 +241,7 @@ def test_maps_of_a_region_lie_in_it(pipeline: Pipeline, monkeypatch: pytest.Monk
     mask.paste(255, (120, 104, 160, 128))
     given: dict[str, Any] = {"init": init, "mask": mask, "mask_crop": 8, "mask_blur": 0, "width": 96, "height": 64}
     (found,) = pipeline.attention_maps(PROMPT, "horse", **given)
-    assert found.image.size == (160, 128) and found.place == (112, 96, 160, 128)
+    assert found.image.size == (160, 128) and found.region == (112, 96, 160, 128)
     monkeypatch.setattr("mmdit.driver.attention.sheet", lambda image, *_: image)
     assert found.sheet().tobytes() == found.image.crop((112, 96, 160, 128)).tobytes()
     with pytest.raises(SettingsError, match="attention_at: mask_crop is given"):

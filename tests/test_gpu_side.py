@@ -68,6 +68,11 @@ def test_what_others_of_the_process_have_on_a_gpu_is_not_planned_with(monkeypatc
     with pytest.raises(AssertionError):
         planner.plan(None, 10**9)  # type: ignore[arg-type]
     assert planner._beside == 40_000_000 + 700
+    planner.expect(9000)  # counted once: before it is there, while it comes, and when it is
+    for taken in (own + 700, own + 5000, own + 9700, own + 9900):  # it is what memory_allocated gives
+        with pytest.raises(AssertionError):
+            planner.plan(None, 10**9)  # type: ignore[arg-type]
+        assert planner._beside == 40_000_000 + max(9700, taken - own)
 
 
 def test_only_a_cpu_is_asked_for_its_matrix_instructions(monkeypatch: pytest.MonkeyPatch) -> None:

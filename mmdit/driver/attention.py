@@ -8,7 +8,6 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from mmdit.driver.pictures import place_of
 from mmdit.driver.watch import Drawn, Encoded, Stepped, Watcher
 from mmdit.images.shape import Box
 
@@ -24,12 +23,12 @@ class AttentionMaps:
     image: Image.Image
     maps: dict[str, Tensor]  # of each subject, (steps, blocks, rows, columns): the mean of its tokens and of the heads
     steps: tuple[int, ...]  # which these are, counted from 0: a step that asks nothing of the network has none
-    place: Box  # of the maps in the picture, in pixels: with `mask_crop` a part of it
+    region: Box | None = None  # of the picture that the maps are of, if not all (`mask_crop`)
 
     def sheet(self) -> Image.Image:
-        """As `--attention-maps` writes it: of that part."""
+        """As `--attention-maps` writes it: of that region."""
         maps = {name: [step.mean(0) for step in steps] for name, steps in self.maps.items()}
-        return sheet(self.image.crop(self.place), maps, self.steps)
+        return sheet(self.image if self.region is None else self.image.crop(self.region), maps, self.steps)
 
 
 @dataclass
@@ -64,7 +63,7 @@ class Attention(Watcher):
         if seen:
             maps = {name: torch.stack([*steps.values()]).cpu() for name, steps in seen.items()}
             steps = tuple(next(iter(seen.values())))
-            self.done[event.index] = AttentionMaps(event.image, maps, steps, place_of(event.settings))
+            self.done[event.index] = AttentionMaps(event.image, maps, steps, event.region)
 
 
 def sheet(image: Image.Image, maps: Mapping[str, Sequence[Tensor]], numbers: Sequence[int]) -> Image.Image:

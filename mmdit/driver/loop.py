@@ -228,9 +228,11 @@ class Drawing:
             "decode", job, self._seconds, lambda: self._stages.decode(latents, RULES[s.like].truncates_pixels)
         )
         image = Image.fromarray(pixels[0].numpy())
-        image = image if start is None else start.beginning.finish(image, s.mask_edges)
+        begun = None if start is None else start.beginning
+        image = image if begun is None else begun.finish(image, s.mask_edges)
         if s.upscale is None:  # else there is a second pass
-            self._tell(picture, Drawn(settings=s, index=picture.index, image=image))
+            region = None if begun is None else begun.region
+            self._tell(picture, Drawn(settings=s, index=picture.index, image=image, region=region))
         return image
 
     def _tell(self, picture: Picture, event: Event) -> None:

@@ -157,13 +157,6 @@ def region_of(s: Settings, drawn: Size | None) -> Box:
     return box
 
 
-def place_of(s: Settings) -> Box:
-    """Where in its result lies what a settled Settings draws; rows and columns that are cut off lie beyond it."""
-    assert s.width and s.height
-    drawn = (s.width, s.height)
-    return Box(0, 0, *drawn) if s.mask_crop is None else region_of(s, drawn)
-
-
 # ---- twice ---------------------------------------------------------------------------------------
 
 

@@ -81,7 +81,6 @@ class Stages:
         self._inside, self._let_go = 0, False
         self.tiny = parts.tiny() if parts.tiny else None
         self.remembered: Remembered | None = None  # texts from run to run
-        self.beside = 0  # bytes on the device that its user has there
         self._staged = 0  # stages of drawings that are on their way
 
     # ---- settings --------------------------------------------------------------------------------
@@ -131,8 +130,8 @@ class Stages:
         return self.planner.plan(job._replace(waiting=0), budget, exact)
 
     def budget(self, memory: str) -> int:
-        """Bytes that it allows on the device, but for those `beside`."""
-        return max(0, budget_of(memory, self.device) - self.beside)
+        """Bytes that it allows on the device."""
+        return budget_of(memory, self.device)
 
     def follow(self, plan: Plan, job: Job) -> None:
         """Have on the device what the plan for this job says, or the next smaller one where memory runs out."""

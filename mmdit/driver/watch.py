@@ -17,6 +17,7 @@ from mmdit.driver.focusing import Sheet
 from mmdit.driver.settings import Settings
 from mmdit.driver.stages import Stages
 from mmdit.images.options import steps_of
+from mmdit.images.shape import Box
 from samplers import NEGATIVE, PROMPT, Step
 from text_encoders import Conditioning
 
@@ -98,6 +99,7 @@ class Drawn(Event):
     """It is done, and about to be given."""
 
     image: Image.Image
+    region: Box | None = None  # that was drawn of it, if not all (`mask_crop`)
 
     def tell(self, watcher: "Watcher") -> None:
         watcher.picture(self)

@@ -115,7 +115,7 @@ class Focus:
         self.steps = adjoint.steps_of(self.levels)
         self.job = self.pipe.job(every[0])
         transformer, device = self.pipe.transformer, self.pipe.device
-        self.pipe.beside = taken(transformer, adapted, options.rank)
+        self.pipe.planner.expect(taken(transformer, adapted, options.rank))
         self.plan = self.pipe.plan_for(self.job)
         with self.pipe.turn:
             self.pipe.follow(self.plan, self.job)

@@ -28,7 +28,7 @@ class Planner:
         self._networks, self._device = networks, device
         self._ready = False  # whether what measuring needs is loaded
         self.refused = math.inf  # bytes of weights that were to stay and could not be had
-        self._beside = self.costs.beside()
+        self._beside, self._expected = self.costs.beside(), 0
 
     # ---- choosing --------------------------------------------------------------------------------
 
@@ -39,8 +39,8 @@ class Planner:
         compiler, which "meta" tensors need and which takes longer than all else before the first step. They hold for
         the published architecture, so a variant is measured all the same.
         """
-        if self._device.type != "cpu":
-            self._beside = self.costs.beside()  # others of this process may have come to the device, or left it
+        if self._device.type != "cpu":  # others of this process may have come to the device, or left it
+            self._beside = max(self.costs.beside(), self._expected)
         if not exact and not any(getattr(network.module, "variant", "") for network in self._networks.values()):
             plan = self.predict(self.ladder()[0], job, job.count, budget, rough=True)
             if self._fits(plan, budget):
@@ -105,6 +105,11 @@ class Planner:
             self._ready = True
             peak_bytes(lambda: torch.zeros(1, device="meta") + 1)
             self._beside = self.costs.beside()
+
+    def expect(self, nbytes: int) -> None:
+        """Plan with so much more beside the model than there is now, since its user is going to have it there."""
+        self._load()
+        self._beside = self._expected = self._beside + nbytes
 
     # ---- what there is to choose from ------------------------------------------------------------
 
