@@ -1,6 +1,6 @@
 """Weights that come and go with the module that runs."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -13,11 +13,24 @@ from mmdit.memory import devices, paged, streaming
 from mmdit.memory.paged import Paged, Pages
 
 
+class Read:
+    """A source of weights of 64 bytes that a function reads."""
+
+    def __init__(self, read: Callable[[str], Tensor]) -> None:
+        self.read = read
+
+    def __call__(self, name: str) -> Tensor:
+        return self.read(name)
+
+    def nbytes(self, _: str) -> int:
+        return 64
+
+
 def test_a_stream_begins_anew_after_a_break() -> None:
     """Three layers, broken off in the second: the third's weights, on their way then, are not taken for the first's."""
     layers = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(3))).requires_grad_(False)
     stored = {name: tensor.clone() for name, tensor in layers.state_dict().items()}
-    source: Any = stored.__getitem__
+    source: Any = Read(stored.__getitem__)
 
     def bind(name: str, tensor: Tensor | None) -> None:
         layers.get_submodule(name.split(".")[0])._parameters["weight"] = tensor  # type: ignore[assignment]
@@ -107,7 +120,7 @@ def test_what_failed_on_its_way_to_a_broken_round_is_not_the_next_ones_error() -
         net.get_submodule(name.split(".")[0])._parameters["weight"] = tensor  # type: ignore[assignment]
 
     units, x = [streaming.Unit(layer, (f"{i}.weight",)) for i, layer in enumerate(net)], torch.randn(2, 4)
-    expected, given = net(x), source
+    expected, given = net(x), Read(source)
     stream = streaming.Stream(units, given, bind, torch.device("cpu"), rounds=True)  # type: ignore[arg-type]
     fails.append(True)
     handle = net[1].register_forward_pre_hook(lambda *_: pytest.fail("broken off"))
@@ -131,14 +144,20 @@ def test_weights_come_in_inference_mode_too(monkeypatch: pytest.MonkeyPatch) -> 
     stream.close()
 
 
-def test_what_was_converted_goes_back_to_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After every unit, the last of those that run once among them."""
-    layers, done = Layers(monkeypatch), []
-    monkeypatch.setattr(streaming, "trim", lambda: done.append(len(layers.reads)))
+@pytest.mark.parametrize(("worth", "after"), [(1, [0, 1, 2]), (128 + 160, [1]), (128 + 160 + 192, [2]), (481, [])])
+def test_what_was_converted_goes_back_to_the_system(
+    worth: int, after: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a unit, the last of those that run once too, but not for less than is worth it."""
+    layers, gone, done = Layers(monkeypatch), [], []
+    monkeypatch.setattr(streaming, "trim", lambda: done.append(len(gone)))
+    monkeypatch.setattr(streaming, "_WORTH_RETURNING", worth)
     units = layers.units[:3]
     stream = streaming.Stream(units, layers, layers.bind, torch.device("cpu"), rounds=False)  # type: ignore[arg-type]
+    for unit in units:
+        unit.module.register_forward_hook(lambda *_: gone.append(None))
     layers.outputs(torch.randn(2, 8))
-    assert (len(done), done[-1]) == (3, 3)
+    assert done == after
     stream.close()
 
 

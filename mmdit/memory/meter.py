@@ -11,6 +11,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mmdit.memory.shapes import quick
+
 
 class Meter(TorchDispatchMode):
     """Counts the bytes of the "meta" tensors made while it is on.
@@ -32,7 +34,9 @@ class Meter(TorchDispatchMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:  # fmt: skip
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        result = quick(func, args, kwargs)
+        if result is None:
+            result = func(*args, **kwargs)
         given = {t.untyped_storage()._cdata for t in tensors((*args, *kwargs.values()))}
         for made in tensors((result,)):
             if made.is_meta and (storage := made.untyped_storage())._cdata not in given:

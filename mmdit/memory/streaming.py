@@ -18,6 +18,8 @@ from mmdit.memory.devices import trim
 from mmdit.memory.paged import Names, Paged, Pages, Tensors
 from weights import Source
 
+_WORTH_RETURNING = 1 << 20  # bytes: to return less takes longer than it is worth
+
 
 class Unit(NamedTuple):
     """A module of a network, and the tensors, by their names in the network, that it needs while it runs."""
@@ -135,14 +137,19 @@ class Direct:
     def __init__(self, names: Sequence[Names], source: Source, device: torch.device) -> None:
         self._names, self._source = names, source
         self._where = torch.device("cpu") if device.type == "mps" else device  # Metal is for one thread
+        self._gone = 0  # bytes of units that have left since memory was returned
 
     def start(self, unit: int) -> tuple[int, Callable[[], Tensors]]:
-        return 0, lambda: {name: self._source(name).to(self._where) for name in self._names[unit]}
+        return unit, lambda: {name: self._source(name).to(self._where) for name in self._names[unit]}
 
     def arrived(self, turn: int) -> None: ...
 
-    def left(self, turn: int) -> None:  # noqa: ARG002
-        if self._where.type == "cpu":  # what was converted for one unit is not to lie beside the next
+    def left(self, turn: int) -> None:
+        if self._where.type != "cpu":
+            return
+        self._gone += sum(self._source.nbytes(name) for name in self._names[turn])
+        if self._gone >= _WORTH_RETURNING:  # what was converted for one unit is not to lie beside the next
+            self._gone = 0
             trim()
 
     def close(self) -> None: ...
