@@ -148,7 +148,8 @@ def test_a_choice_is_one_models(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_settings_name_the_backends() -> None:
-    assert tuple(BACKENDS) == ATTENTIONS
+    """All that the engine has; a benchmark may have added one of its own in this process."""
+    assert tuple(name for name, way in BACKENDS.items() if way.__module__ == "mmdit.attention") == ATTENTIONS
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,9 @@ from mmdit.memory.plan import Bytes, Job
 from mmdit.memory.residency import Mode, Network, Role, of_role
 from mmdit.memory.streaming import Unit
 
-_WORKSPACE = {"cuda": 40_000_000, "cpu": 80_000_000}  # bytes that matrix products and their like take for themselves
+# Bytes that matrix products and their like take for themselves; on a CPU also modules loaded at their first use, and
+# what the C library keeps of memory that was freed in pieces.
+_WORKSPACE = {"cuda": 40_000_000, "cpu": 120_000_000}
 _THREAD = 15_000_000  # bytes of each of the CPU's threads beyond two, for the scores of a head
 
 

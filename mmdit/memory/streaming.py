@@ -18,7 +18,7 @@ from mmdit.memory.devices import trim
 from mmdit.memory.paged import Names, Paged, Pages, Tensors
 from weights import Source
 
-_WORTH_RETURNING = 1 << 20  # bytes: to return less takes longer than it is worth
+_WORTH_RETURNING = 1048576
 
 
 class Unit(NamedTuple):
