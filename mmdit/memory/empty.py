@@ -25,7 +25,8 @@ class _Undrawn(TorchFunctionMode):
 def on_meta(module: Callable[[Any], Any], config: Any, dtype: torch.dtype | None = None) -> Any:
     """`module(config)` without memory, frozen. dtype: of its numbers; None keeps those of the layers."""
     with _Undrawn(), torch.device("meta"):
-        return module(config).to(dtype).requires_grad_(False)
+        made = module(config)
+        return (made if dtype is None else made.to(dtype)).requires_grad_(False)
 
 
 def emptied(module: nn.Module) -> Any:
