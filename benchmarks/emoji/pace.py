@@ -18,7 +18,7 @@ from mmdit import variants
 from mmdit.common.files import beside, put
 from mmdit.variants import PLAIN
 
-ROUNDS, BEFORE = 15, 2  # steps of each that are measured, and that are not: the first ones allocate
+ROUNDS, BEFORE = 40, 2  # steps of each that are measured, and that are not: the first ones allocate
 
 
 def pace(base: str, other: str, args: Namespace) -> float:
