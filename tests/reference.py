@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel
 from torch import Tensor, nn
 
 from mmdit.config import MMDiTConfig
+from mmdit.memory.empty import Undrawn
 from mmdit.model import MMDiT
 from vae.autoencoder import Autoencoder, VAEConfig
 from weights.keymap import TRANSFORMER, VAE, Table, revert, to_diffusers
@@ -46,18 +47,20 @@ def relative_error(ours: Tensor, reference: Tensor) -> float:
     return float(difference.norm() / reference.double().norm())
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=8)
 def transformers(config: MMDiTConfig, seed: int = 0) -> TransformerPair:
     """Ours and diffusers' with the same random weights; shared between tests, not to be written to."""
-    ours, theirs = randomize(MMDiT(config), seed), SD3Transformer2DModel(**transformer_json(config))
-    return TransformerPair(ours, _give(theirs, ours, TRANSFORMER))
+    with Undrawn():  # all values are given here
+        ours, theirs = MMDiT(config), SD3Transformer2DModel(**transformer_json(config))
+    return TransformerPair(ours, _give(theirs, randomize(ours, seed), TRANSFORMER))
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=8)
 def autoencoders(config: VAEConfig, seed: int = 0) -> VAEPair:
     """Ours and diffusers' with the same random weights; shared between tests, not to be written to."""
-    ours, theirs = randomize(Autoencoder(config), seed), AutoencoderKL(**vae_json(config))
-    return VAEPair(ours, _give(theirs, ours, VAE))
+    with Undrawn():
+        ours, theirs = Autoencoder(config), AutoencoderKL(**vae_json(config))
+    return VAEPair(ours, _give(theirs, randomize(ours, seed), VAE))
 
 
 def rounded(pair: NamedTuple, dtype: torch.dtype) -> tuple[nn.Module, ...]:

@@ -79,7 +79,7 @@ def cases(rng: random.Random) -> Iterator[tuple[Callable[..., Any], tuple[Any, .
     yield aten.addmm.default, (bias, some([rows, inner]), some([inner, columns])), {"beta": 0.5, "alpha": 2}
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 def test_it_is_what_pytorch_gives(seed: int) -> None:
     rng, answered = random.Random(seed), set[Any]()
     for _ in range(60):

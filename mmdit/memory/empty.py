@@ -10,8 +10,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 
-class _Undrawn(TorchFunctionMode):
-    """Leaves out the random values that layers begin with: on "meta" they are none, and load PyTorch's compiler."""
+class Undrawn(TorchFunctionMode):
+    """Leaves out the values that layers begin with: on "meta" they are none, and load PyTorch's compiler."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -24,7 +24,7 @@ class _Undrawn(TorchFunctionMode):
 
 def on_meta(module: Callable[[Any], Any], config: Any, dtype: torch.dtype | None = None) -> Any:
     """`module(config)` without memory, frozen. dtype: of its numbers; None keeps those of the layers."""
-    with _Undrawn(), torch.device("meta"):
+    with Undrawn(), torch.device("meta"):
         made = module(config)
         return (made if dtype is None else made.to(dtype)).requires_grad_(False)
 
