@@ -20,9 +20,10 @@ import torch
 from manifests import DATA
 
 # Files whose tests take longest, which begin first: the last to end is a short one, and no core waits long for it.
+# Among them those that wait most themselves: what runs beside the tests has the core meanwhile.
 LONG = (
     "compiled", "variants", "vae_strips", "layouts_table", "batch", "variant_page", "plans", "kept", "edits",
-    "page_browser",
+    "page_browser", "claims", "parallel",
 )  # fmt: skip
 
 
