@@ -317,7 +317,7 @@ def edited_by_hook(_: pytest.MonkeyPatch, model: MMDiT) -> None:
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("edit", sampled([edited_classes, edited_blocks, edited_layers, edited_by_hook], 2))
+@pytest.mark.parametrize("edit", sampled([edited_classes, edited_blocks, edited_layers, edited_by_hook], 4))
 @pytest.mark.parametrize("way", WAYS, ids=["onednn", "norms", "blocks"])
 def test_a_faster_form_stands_in_only_for_what_it_was_written_for(
     way: Callable[[MMDiT], None], edit: Any, late: bool, monkeypatch: pytest.MonkeyPatch

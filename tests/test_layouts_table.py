@@ -111,7 +111,7 @@ def facts(row: Row, path: Path) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("row", sampled(ROWS, 4), ids=lambda row: row.name)
+@pytest.mark.parametrize("row", sampled(ROWS, 6), ids=lambda row: row.name)
 def test_it_says_what_it_is_and_draws(
     toys: Toys, tmp_path: Path, capsys: pytest.CaptureFixture[str], row: Row
 ) -> None:  # fmt: skip

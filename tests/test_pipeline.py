@@ -155,7 +155,7 @@ def levels(one: Tensor, other: Tensor) -> int:
 @pytest.mark.parametrize(
     ("t5", "t5_length", "cfg"),
     sampled(
-        [("on", 256, 4.5), ("off", 256, 7), ("omit", 77, 4.5), ("on", 77, 1), ("on", 77, 4.5), ("off", 77, 4.5)], 2
+        [("on", 256, 4.5), ("off", 256, 7), ("omit", 77, 4.5), ("on", 77, 1), ("on", 77, 4.5), ("off", 77, 4.5)], 3
     ),
 )
 def test_the_whole_loop_is_that_of_diffusers(
