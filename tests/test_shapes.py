@@ -98,7 +98,17 @@ def test_what_does_not_fit_is_left_to_pytorch() -> None:
         (aten.addmm.default, (x[0, 0], x[0], x[0]), {}),
         (aten.addmm.default, (x[0, 0], x[0], torch.empty(4, 5, device="meta")), {}),
         (aten.native_layer_norm.default, (x, [3], None, None, 1e-6), {}),
+        (aten.native_layer_norm.default, (x, [4], x[0, 0, :3], None, 1e-6), {}),
+        (aten.native_layer_norm.default, (x, [4], None, x[0], 1e-6), {}),
+        (aten.native_layer_norm.default, (x[0, 0, 0], [], None, None, 1e-6), {}),
+        *((aten.mean.dim, (x, dims), {}) for dims in ([3], [-4], [1, 1], [1, -2])),
+        (aten.mean.dim, (x[0, 0, 0], [0]), {}),
+        (aten.add.Tensor, (2, 3), {}),
+        (aten.add.Tensor, (x, x), {"alpha": 1j}),
+        (aten.mul.Tensor, (x, x.to(torch.float8_e4m3fn)), {}),
         (aten.silu.default, (torch.empty(3),), {}),
+        (aten.silu.default, (torch.empty_strided((0, 2, 2), (0, 1, 2), device="meta"),), {}),
+        (aten.add.Tensor, (x[:1].expand(5, 3, 4)[:1], x[0, 0].view(4, 1, 1).permute(2, 1, 0)), {}),
         (aten.sin.default, (x,), {}),
     ):
         assert shapes.quick(func, args, kwargs) is None

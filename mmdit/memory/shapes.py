@@ -19,16 +19,21 @@ def quick(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, An
     func: an operator as a dispatch mode is given it.
     """
     give = _GIVEN.get(func)
-    if give is None or any(isinstance(value, Tensor | torch.dtype) for value in kwargs.values()):
-        return None
-    if any(isinstance(value, complex) for value in args):
+    if give is None or any(isinstance(value, Tensor | torch.dtype | complex) for value in kwargs.values()):
         return None
     given = list(_tensors(args))
-    if not all(tensor.is_meta and tensor.is_floating_point() for tensor in given):
+    if not given or any(isinstance(value, complex) for value in args) or not all(map(_usual, given)):
         return None
     if give is not _elementwise and any(tensor.dtype != given[0].dtype for tensor in given):
         return None
     return give(*args)
+
+
+def _usual(tensor: Tensor) -> bool:
+    """Of numbers that are promoted as numbers are, not empty, and not spread over a dimension of one place."""
+    if not tensor.is_meta or tensor.dtype not in _DTYPES:
+        return False
+    return all(size > 1 or (size and step) for size, step in zip(tensor.shape, tensor.stride()))
 
 
 def _alike(x: Tensor, *_: Any) -> Tensor:
@@ -60,9 +65,12 @@ def _elementwise(*args: Any) -> Tensor | None:
     return torch.empty_like(largest, dtype=dtype)
 
 
-def _layer_norm(x: Tensor, shape: Sequence[int], *_: Any) -> tuple[Tensor, ...] | None:
+def _layer_norm(
+    x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, _: float
+) -> tuple[Tensor, ...] | None:
     """The tensor, with the mean and the inverse deviation of each of its rows, in float32 at least."""
-    if not x.is_contiguous() or list(x.shape[-len(shape) :]) != list(shape):
+    given = (x.shape[-len(shape) :], *(tensor.shape for tensor in (weight, bias) if tensor is not None))
+    if not shape or not x.is_contiguous() or any(list(found) != list(shape) for found in given):
         return None
     rows = (*x.shape[: -len(shape)], *(1 for _ in shape))
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -77,9 +85,11 @@ def _addmm(bias: Tensor, one: Tensor, other: Tensor) -> Tensor | None:
 
 def _mean(x: Tensor, dims: Sequence[int] | None, keepdim: bool = False) -> Tensor | None:
     """Without the dimensions, or with 1 in their places."""
-    if not dims or not x.is_contiguous():
+    if not dims or not x.is_contiguous() or not all(-x.ndim <= dim < x.ndim for dim in dims):
         return None
     gone = {dim % x.ndim for dim in dims}
+    if len(gone) < len(dims):
+        return None
     shape = [1 if i in gone else size for i, size in enumerate(x.shape) if keepdim or i not in gone]
     return x.new_empty(shape)
 
@@ -88,6 +98,7 @@ def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
     return (value for value in values if isinstance(value, Tensor))
 
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _GIVEN: dict[Any, Callable[..., Any]] = {
     _aten.native_layer_norm.default: _layer_norm,
     _aten.addmm.default: _addmm,
