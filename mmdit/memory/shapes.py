@@ -45,7 +45,7 @@ def _elementwise(*args: Any) -> Tensor | None:
     """As large as the largest of the tensors, with which the others are broadcast."""
     given = list(_tensors(args))
     if len(given) == 1:
-        return torch.empty_like(given[0])
+        return _alike(given[0])
     largest = max(given, key=lambda tensor: (tensor.ndim, tensor.numel()))
     dtype = largest.dtype
     if not largest.is_contiguous():
@@ -58,10 +58,9 @@ def _elementwise(*args: Any) -> Tensor | None:
         steps = [step for step, size in zip(tensor.stride(), tensor.shape) if size > 1]
         if steps != sorted(steps, reverse=True):  # whose order the result would have is not said here
             return None
-        if tensor.dtype != largest.dtype:
-            if not tensor.ndim:
-                return None
-            dtype = torch.promote_types(dtype, tensor.dtype)
+        if tensor.dtype != largest.dtype and not tensor.ndim:  # one number counts less than many
+            return None
+        dtype = torch.promote_types(dtype, tensor.dtype)
     return torch.empty_like(largest, dtype=dtype)
 
 

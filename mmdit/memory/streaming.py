@@ -132,7 +132,7 @@ def carrier(names: Sequence[Names], source: Source, device: torch.device, pages:
 
 
 class Direct:
-    """For devices that read the host's memory, or have no queue of their own."""
+    """For devices that read the host's memory, or have no queue of their own. A unit's number is its turn."""
 
     def __init__(self, names: Sequence[Names], source: Source, device: torch.device) -> None:
         self._names, self._source = names, source
